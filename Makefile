@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Both set up .venv on the first call and reuse it afterwards.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint lock clean
+
+demo: $(VENV)/ready
+	$(BIN)/medcot demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# torch comes first and with its own dependencies, so that pip takes the build it finds for this machine (CPU or CUDA)
+# and leaves one that is already there alone. The rest is the locked set with --no-deps: unsloth declares a certifi newer
+# than some registries carry, and torchvision, xformers and diffusers, none of which is needed here.
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar on torch==2.13.0
+	$(BIN)/pip install --progress-bar on --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# Resolves requirements.lock anew; needs uv (https://docs.astral.sh/uv/).
+lock:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-header --no-annotate \
+	  --no-emit-package torch -o requirements.lock
+	sed -i -E '/^(nvidia-|cuda-|triton|#)|sys_platform == .never./d' requirements.lock
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

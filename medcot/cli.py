@@ -1,0 +1,93 @@
+"""The command line: `medcot demo` runs the three notebooks, `medcot audit` looks at the rows."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from .settings import NOTICE, MedcotError, load_settings
+
+NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status; what its user can mend is one line on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="medcot", description="Fine-tune a reasoning model on medical chains of thought."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="run the three notebooks in order and print the comparison").set_defaults(run=demo)
+    commands.add_parser("audit", help="look at the training rows before any GPU time is spent").set_defaults(run=audit)
+    options = parser.parse_args(arguments)
+    try:
+        options.run()
+    except MedcotError as error:
+        print(f"medcot {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def audit():
+    """Prints the audit of the training rows; writes nothing."""
+    from . import data
+    from .modeling import load_tokenizer
+
+    settings = load_settings()
+    splits = data.load_splits(settings)
+    print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
+
+
+def demo():
+    """Executes the notebooks in order, showing their output as it comes, and keeps them with their outputs."""
+    import nbformat
+    from nbclient.exceptions import CellExecutionError
+
+    settings = load_settings()
+    source = Path(__file__).parent.parent / "notebooks"
+    if not source.is_dir():
+        raise MedcotError(f"{source} not found: run the demo from a clone of the project")
+    folder = settings.output_dir / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for name in NOTEBOOKS:
+        print(f"\n=== {name} ===", flush=True)
+        notebook = nbformat.read(source / f"{name}.ipynb", as_version=4)
+        os.environ["WANDB_NOTEBOOK_NAME"] = f"{name}.ipynb"
+        try:
+            _client(notebook).execute()
+        except CellExecutionError as error:
+            raise MedcotError(f"{name}.ipynb stopped: {error.ename}: {error.evalue}") from error
+        finally:
+            nbformat.write(notebook, folder / f"{name}.ipynb")
+    print(f"\n=== done in {(time.monotonic() - started) / 60:.1f} minutes ===")
+    print((settings.output_dir / "RUN.md").read_text(encoding="utf-8"))
+    for what, path in (
+        ("notebooks with their outputs", folder),
+        ("figures", settings.output_dir / "figures"),
+        ("adapter", settings.adapter_dir),
+        ("run card", settings.output_dir / "RUN.md"),
+    ):
+        print(f"{what:<30}{path}")
+    print(NOTICE)
+
+
+def _client(notebook):
+    from jupyter_client import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    class Client(NotebookClient):
+        """Prints what cells print while they print it, so that progress bars move in the terminal too."""
+
+        def output(self, outs, msg, display_id, cell_index):
+            content = msg["content"]
+            if msg["msg_type"] == "stream":
+                print(content["text"], end="", flush=True)
+            elif msg["msg_type"] == "execute_result" and "text/plain" in content["data"]:
+                print(content["data"]["text/plain"], flush=True)
+            return super().output(outs, msg, display_id, cell_index)
+
+    # The kernel works where the command was called, so that relative paths in MEDCOT_DATASET mean the same in both.
+    # Messages travel over files, not over TCP ports.
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
+    return Client(notebook, km=manager, timeout=None, resources={"metadata": {"path": os.getcwd()}})

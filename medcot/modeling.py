@@ -1,0 +1,220 @@
+"""Weights: load a model, give it LoRA adapters, save them. The only room that knows unsloth."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from .prompts import THINK_CLOSE, THINK_OPEN, format_prompt
+from .settings import NOTICE, MedcotError
+
+ADAPTER_FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+# Texts that a wrong tokenizer class damages: spaces, line ends, accents, signs, other scripts, emoji.
+_ROUND_TRIP = (
+    "chest pain and fever, 37.5 °C",
+    " two  spaces\n\n\tand a tab\r\n",
+    "β-blocker, naïve, ≥ 65",
+    "ألم 胸痛 🫀",
+)
+# Reserved tokens of the Llama 3 vocabulary that can pad, for tokenizers that name EOS as their padding.
+_PADS = ("<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|reserved_special_token_0|>")
+
+
+def _unsloth():
+    """Unsloth, imported before anything that it patches, with its telemetry and that of its libraries off."""
+    for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
+    # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
+    for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    import unsloth
+
+    return unsloth
+
+
+def load_tokenizer(source: str, revision: str | None = None):
+    """The tokenizer of a hub name or local folder, checked against the contract (`check_tokenizer`).
+
+    Read as a plain fast tokenizer, because transformers 5 rebuilds the class that the R1 models name in a way that
+    loses spaces ("chest pain" becomes "chestpain").
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, revision=revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MedcotError(f"no tokenizer at {source} ({reason[:200]}): name a model folder or hub name") from error
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = next((pad for pad in _PADS if pad in tokenizer.get_vocab()), None)
+    check_tokenizer(tokenizer, source)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer, source):
+    """Raises MedcotError naming everything about a tokenizer that would spoil training or answers.
+
+    Checked: text comes back as it went in, an encoded prompt has exactly one BOS and ends in `<think>` and a newline,
+    both think tags are one token each, EOS is known and differs from the padding.
+    """
+    wrong = []
+    for text in _ROUND_TRIP:
+        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
+        if back != text:
+            wrong.append(f"{text!r} comes back as {back!r}")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        wrong.append(f"bos_token is {tokenizer.bos_token!r} and eos_token is {tokenizer.eos_token!r}")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        wrong.append(f"pad_token {tokenizer.pad_token!r} is not a token of its own")
+    ids = tokenizer(format_prompt("Where is the pain?"))["input_ids"]
+    if ids.count(tokenizer.bos_token_id) != 1 or ids[0] != tokenizer.bos_token_id:
+        wrong.append(f"an encoded prompt has {ids.count(tokenizer.bos_token_id)} BOS tokens, one is needed in front")
+    for tag in (THINK_OPEN, THINK_CLOSE):
+        if len(tokenizer.encode(tag, add_special_tokens=False)) != 1:
+            wrong.append(f"{tag} is not one token")
+    if wrong:
+        raise MedcotError(
+            f"the tokenizer at {source} cannot be used: {'; '.join(wrong)}. Cure: take tokenizer.json and "
+            'tokenizer_config.json from the base model, with "tokenizer_class": "PreTrainedTokenizerFast"'
+        )
+
+
+def load_model(settings, adapter: Path | None = None):
+    """The model in 4-bit through Unsloth, and its tokenizer; with `adapter`, the adapters of that folder on top.
+
+    float16 on a GPU (a T4 has no bfloat16), float32 on a CPU. Only safetensors are read and no remote code runs.
+    Raises MedcotError for a model that is not there, has no safetensors, or does not fit the adapter.
+    """
+    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise MedcotError(
+            f"no adapter_model.safetensors in {adapter}: run 02_finetune.ipynb with the same profile first"
+        )
+    folder = Path(settings.model)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise MedcotError(
+            f"{folder} holds no .safetensors file: only safetensors are loaded, convert the weights first"
+        )
+    unsloth = _unsloth()
+    tokenizer = load_tokenizer(settings.model, settings.model_revision)
+    import torch
+
+    try:
+        model, _ = unsloth.FastLanguageModel.from_pretrained(
+            settings.model,
+            revision=settings.model_revision,
+            max_seq_length=settings.max_seq_length,
+            dtype=torch.float16 if settings.device == "cuda" else torch.float32,
+            load_in_4bit=settings.load_in_4bit,
+            use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MedcotError(
+            f"model {settings.model} could not be loaded ({reason[:200]}): check its name and the network"
+        ) from error
+    if adapter is not None:
+        model = _load_adapter(model, settings, Path(adapter))
+    return for_inference(model), tokenizer
+
+
+def add_lora(model, settings):
+    """The model with fresh LoRA adapters on `target_modules`, ready to train; returns a `peft.PeftModel`."""
+    return _unsloth().FastLanguageModel.get_peft_model(
+        model,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.target_modules),
+        bias="none",
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        random_state=settings.seed,
+        max_seq_length=settings.max_seq_length,
+    )
+
+
+def for_inference(model):
+    """The model switched to generation: no dropout, key-value cache on."""
+    return _unsloth().FastLanguageModel.for_inference(model) or model
+
+
+def for_training(model):
+    """The model switched to training."""
+    return _unsloth().FastLanguageModel.for_training(model) or model
+
+
+def save_adapter(model, tokenizer, settings) -> Path:
+    """Writes the six files of the adapter folder and returns it; written beside and renamed, so never half there.
+
+    The tokenizer is saved as a plain fast one, which stock `AutoTokenizer` reads back without damage.
+    """
+    folder = settings.adapter_dir
+    fresh = folder.with_name(folder.name + ".saving")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh, safe_serialization=True)
+    tokenizer.save_pretrained(fresh)
+    config_file = fresh / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    # transformers 5 writes neither of these two by itself where it thinks them implied.
+    special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    (fresh / "special_tokens_map.json").write_text(json.dumps(special, ensure_ascii=False, indent=2), encoding="utf-8")
+    if not (fresh / "chat_template.jinja").exists():
+        (fresh / "chat_template.jinja").write_text(tokenizer.chat_template or "", encoding="utf-8")
+    missing = [name for name in ADAPTER_FILES if not (fresh / name).is_file()]
+    if missing:
+        raise RuntimeError(f"{fresh} lacks {', '.join(missing)} after saving")
+    load_tokenizer(str(fresh))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    print(f"adapter saved in {folder} ({', '.join(ADAPTER_FILES)}). {NOTICE}")
+    return folder
+
+
+def _load_adapter(model, settings, folder: Path):
+    """Adapters from a folder onto a freshly loaded base, through the same path as training gives them."""
+    from dataclasses import replace
+
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights_file = folder / "adapter_model.safetensors"
+    config = LoraConfig.from_pretrained(folder)
+    model = add_lora(
+        model,
+        replace(settings, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                target_modules=tuple(sorted(config.target_modules))),
+    )  # fmt: skip
+    try:
+        weights = load_file(weights_file)
+    except SafetensorError as error:
+        raise MedcotError(f"{weights_file} is damaged ({error}): run 02_finetune.ipynb again") from error
+    expected = {name: tuple(w.shape) for name, w in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise MedcotError(
+            f"{weights_file} was made for another base than {settings.model}: {len(odd)} of {len(expected)} tensors differ, "
+            f"first {odd[0]} ({found.get(odd[0])} in the file, {expected.get(odd[0])} in the model)"
+        )
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+def weights_id(model) -> str:
+    """Which weights a model answers with: "base" for a model without active adapters, else a SHA-256 over the adapters' names and values."""
+    adapters = [(name, weight) for name, weight in sorted(model.named_parameters()) if "lora_" in name]
+    layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+    if not adapters or all(layer.disable_adapters for layer in layers):
+        return "base"
+    digest = hashlib.sha256()
+    for name, weight in adapters:
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""Every number of a run: the settings, the profiles, and where files go."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
+EMBEDDED_CASES = "embedded cases"
+ADAPTER_FOLDER = "DeepSeek-R1-Medical-COT"
+NOTICE = "Research software, not for clinical use: answers may be wrong and must not guide the care of a patient."
+
+
+class MedcotError(ValueError):
+    """Something its user can mend; the message names the value and the cure."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Frozen: a variant is `dataclasses.replace(settings, max_steps=20)`, which checks it again."""
+
+    profile: str
+    """Name of the profile these numbers started from."""
+
+    # model
+    model: str = "unsloth/DeepSeek-R1-Distill-Llama-8B"
+    """Hub name or local folder of the base model; Unsloth maps this name to its 4-bit copy (6.0 GB)."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model; None takes the newest. Name the 4-bit copy itself to pin it."""
+    load_in_4bit: bool = True
+    """NF4 weights through bitsandbytes."""
+    max_seq_length: int = 2048
+    """Longest training example, prompt and completion, in tokens."""
+    device: str = "cuda"
+    """"cuda" (float16, as a T4 has no bfloat16) or "cpu" (float32)."""
+
+    # data
+    dataset: str = "FreedomIntelligence/medical-o1-reasoning-SFT"
+    """Hub name, a local file or folder (json, jsonl, csv, parquet), or the embedded cases."""
+    dataset_config: str | None = "en"
+    """Configuration of a hub data set; not used for files."""
+    dataset_revision: str | None = None
+    """Commit, tag or branch of a hub data set; None takes the newest and records which it was."""
+    train_rows: int = 500
+    """Training rows: the first ones of the data set."""
+    eval_rows: int = 100
+    """Evaluation rows: the ones right after the training rows."""
+    answer_rows: int = 50
+    """How many of the evaluation rows are answered by generation."""
+
+    # LoRA
+    r: int = 16
+    """Rank of the update."""
+    lora_alpha: int = 16
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Share of the update's inputs dropped in training, 0 to 1; Unsloth's fast path wants 0."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections that get an update."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: slower, but 8 B parameters fit a T4 only so."""
+
+    # training
+    per_device_train_batch_size: int = 2
+    """Examples per forward pass."""
+    gradient_accumulation_steps: int = 4
+    """Forward passes per step: 2 x 4 = 8 examples a step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    max_steps: int = 60
+    """Optimizer steps: 60 x 8 = 480 examples, just under one pass over 500 rows."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises from 0."""
+    lr_scheduler_type: str = "linear"
+    """Decay after the warm-up."""
+    optim: str = "adamw_8bit"
+    """Optimizer; on a CPU Unsloth replaces the 8-bit one by fused AdamW."""
+    weight_decay: float = 0.01
+    """AdamW's decay per step, times the learning rate."""
+    completion_only_loss: bool = False
+    """False supervises the whole text, as the original run did; True only what follows the prompt."""
+    logging_steps: int = 1
+    """Steps between two points of the loss curve."""
+    eval_steps: int = 20
+    """Steps between two measurements of the held-out loss."""
+    eval_loss_rows: int = 16
+    """Evaluation rows whose loss is measured in training."""
+    seed: int = 3407
+    """Seed of the adapters, of the row order and of sampling."""
+
+    # generation
+    max_new_tokens: int = 1024
+    """Longest answer in tokens."""
+    generation_batch_size: int = 16
+    """Questions answered at once."""
+    temperature: float = 0.0
+    """0 decodes greedily, so that only the weights differ between before and after."""
+
+    # tracking and files
+    report_to: str = "wandb"
+    """"wandb" (online with a key and a network, else offline files) or "none"."""
+    wandb_project: str = "medcot"
+    """Project name in Weights & Biases."""
+    output_dir: Path = Path("outputs")
+    """Everything a run writes is below this folder."""
+
+    def __post_init__(self):
+        wrong = [
+            f"{name}={getattr(self, name)!r}: must be a whole number of at least {least}"
+            for name, least in _LEAST.items()
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least
+        ]
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wrong.append(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not self.learning_rate > 0:
+            wrong.append(f"learning_rate={self.learning_rate}: must be above 0, 2e-4 is usual for LoRA")
+        if not 0 <= self.lora_dropout < 1:
+            wrong.append(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+        if self.temperature < 0:
+            wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
+        if not self.target_modules or isinstance(self.target_modules, str):
+            wrong.append(f"target_modules={self.target_modules!r}: name at least one projection, as a tuple")
+        if not wrong and self.warmup_steps >= self.max_steps:
+            wrong.append(
+                f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
+            )
+        if not wrong and self.answer_rows > self.eval_rows:
+            wrong.append(
+                f"answer_rows={self.answer_rows} exceeds eval_rows={self.eval_rows}: lower answer_rows or raise eval_rows"
+            )
+        if not wrong and self.device == "cpu" and self.max_seq_length * self.per_device_train_batch_size > 2**18:
+            wrong.append(
+                f"max_seq_length={self.max_seq_length} x per_device_train_batch_size={self.per_device_train_batch_size} "
+                "tokens do not fit a CPU run: lower one of them"
+            )
+        if wrong:
+            raise MedcotError("these settings cannot run: " + "; ".join(wrong))
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples that one optimizer step sees."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The folder that 02_finetune writes and 03_compare reads."""
+        return self.output_dir / ADAPTER_FOLDER
+
+
+_LEAST = {
+    "max_seq_length": 128, "train_rows": 1, "eval_rows": 1, "answer_rows": 1, "r": 1, "lora_alpha": 1,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0,
+    "logging_steps": 1, "eval_steps": 1, "eval_loss_rows": 1, "seed": 0, "max_new_tokens": 1, "generation_batch_size": 1,
+}  # fmt: skip
+_CHOICES = {
+    "device": ("cuda", "cpu"),
+    "report_to": ("wandb", "none"),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+}
+
+_KAGGLE_T4 = Settings(profile="kaggle-t4")
+# The embedded model is 3,000 times smaller and knows no language: it needs more and larger steps than the 8B, which
+# already reasons and only has to take on a form.
+_TINY = Settings(
+    profile="tiny", model=EMBEDDED_MODEL, dataset=EMBEDDED_CASES, device="cpu",
+    train_rows=2000, eval_rows=210, answer_rows=210, per_device_train_batch_size=16, gradient_accumulation_steps=1,
+    gradient_checkpointing=False, learning_rate=2e-3, max_steps=300, warmup_steps=20, logging_steps=5, eval_steps=50, eval_loss_rows=64,
+    max_new_tokens=256, generation_batch_size=70,
+)  # fmt: skip
+PROFILES = {
+    "kaggle-t4": _KAGGLE_T4,
+    "tiny": _TINY,
+    "smoke": replace(
+        _TINY, profile="smoke", train_rows=64, eval_rows=12, answer_rows=6, per_device_train_batch_size=4,
+        max_steps=6, warmup_steps=1, logging_steps=1, eval_steps=3, eval_loss_rows=4, max_new_tokens=96,
+    ),
+}  # fmt: skip
+
+
+def load_settings() -> Settings:
+    """The settings of this session, from its environment, with one printed line that says what was chosen and why.
+
+    `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4` and no GPU means `tiny`. `MEDCOT_MODEL`,
+    `MEDCOT_DATASET` and `MEDCOT_OUT` replace the model, the data and the output folder. Raises MedcotError for an
+    unknown profile and for a profile that needs a GPU where there is none.
+    """
+    import torch  # here, because the rooms that only read settings start without it
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    profile = os.environ.get("MEDCOT_PROFILE")
+    why = "set by MEDCOT_PROFILE" if profile else f"found {gpu}" if gpu else "no CUDA GPU here"
+    profile = profile or ("kaggle-t4" if gpu else "tiny")
+    if profile not in PROFILES:
+        raise MedcotError(f"MEDCOT_PROFILE={profile!r} is unknown: choose one of {', '.join(PROFILES)}")
+    settings = PROFILES[profile]
+    if settings.device == "cuda" and not gpu:
+        raise MedcotError(
+            f"profile {profile!r} needs a CUDA GPU and this machine has none: "
+            "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
+        )
+    changes = {"output_dir": Path(os.environ.get("MEDCOT_OUT") or _default_output(profile)).absolute()}
+    for variable, field in (("MEDCOT_MODEL", "model"), ("MEDCOT_DATASET", "dataset")):
+        if os.environ.get(variable):
+            changes[field] = os.environ[variable]
+    settings = replace(settings, **changes)
+    print(
+        f"profile {settings.profile} ({why}), model {settings.model}, data {settings.dataset}, "
+        f"device {gpu if settings.device == 'cuda' else 'CPU'}, files in {settings.output_dir}"
+    )
+    return settings
+
+
+def on_kaggle() -> bool:
+    """True inside a Kaggle session, interactive or batch."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ and Path("/kaggle/working").is_dir()
+
+
+def _default_output(profile: str) -> Path:
+    if on_kaggle():
+        return Path("/kaggle/working")
+    # A notebook runs in notebooks/, the command line anywhere: both should find one outputs folder.
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / "kaggle-metadata.json").is_file()), here)
+    return root / "outputs" / profile
