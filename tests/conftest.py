@@ -1,0 +1,55 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from medcot.settings import EMBEDDED_MODEL, PROFILES
+
+# No test may reach a hub or wandb, whatever the machine has.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+for variable in ("WANDB_API_KEY", "MEDCOT_PROFILE", "MEDCOT_MODEL", "MEDCOT_DATASET", "MEDCOT_OUT"):
+    os.environ.pop(variable, None)
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The smoke profile with its files under the test's own folder."""
+    return replace(PROFILES["smoke"], output_dir=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from medcot.modeling import load_tokenizer
+
+    return load_tokenizer(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """One real training run of 12 steps, shared: settings, model, tokenizer, trainer, the weights before, and the adapter."""
+    from types import SimpleNamespace
+
+    from medcot import add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples
+
+    settings = replace(
+        PROFILES["smoke"], output_dir=tmp_path_factory.mktemp("trained"), max_steps=12, learning_rate=2e-3, eval_steps=6
+    )
+    splits = load_splits(settings)
+    model, tokenizer = load_model(settings)
+    model = add_lora(model, settings)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        to_examples(splits.train, tokenizer, settings, show=False),
+        settings,
+        to_examples(splits.eval.select(range(4)), tokenizer, settings, show=False),
+    )
+    trainer.train()
+    save_adapter(model, tokenizer, settings)
+    return SimpleNamespace(
+        settings=settings, splits=splits, model=model, tokenizer=tokenizer, trainer=trainer, before=before
+    )

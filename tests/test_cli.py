@@ -1,0 +1,47 @@
+"""The command line: what its user can mend is one line and a non-zero status."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def medcot(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", "from medcot.cli import main; import sys; sys.exit(main())", *arguments],
+        env=os.environ | {"MEDCOT_PROFILE": "smoke"} | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_audit_prints_what_it_found_and_writes_nothing(tmp_path):
+    run = medcot("audit", MEDCOT_OUT=str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    assert "64 training rows from embedded cases" in run.stdout and "would lose their answer" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MEDCOT_PROFILE": "huge"}, "'huge' is unknown: choose one of"),
+        ({"MEDCOT_DATASET": "/nowhere.jsonl"}, "/nowhere.jsonl not found"),
+        ({"MEDCOT_DATASET": "no/such-data"}, "network"),
+        ({"MEDCOT_MODEL": "/nowhere"}, "no tokenizer at /nowhere"),
+        ({"MEDCOT_DATASET": "COLUMNS"}, "has no column Complex_CoT"),
+        ({"MEDCOT_DATASET": "EMPTY"}, "what its name says"),
+    ],
+)
+def test_a_user_error_is_one_line_without_a_traceback(tmp_path, environment, words):
+    (tmp_path / "columns.jsonl").write_text(json.dumps({"Question": "a", "Response": "b"}) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    environment = {
+        name: {"COLUMNS": str(tmp_path / "columns.jsonl"), "EMPTY": str(tmp_path / "empty.jsonl")}.get(value, value)
+        for name, value in environment.items()
+    }
+    run = medcot("audit", MEDCOT_OUT=str(tmp_path / "out"), **environment)
+    assert run.returncode == 1
+    message = [line for line in run.stderr.splitlines() if line.startswith("medcot audit: ")]
+    assert len(message) == 1 and words in message[0]
+    assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,109 @@
+"""The three notebooks, run in order by nbval on the smoke profile, and what they wrote."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+from test_tracking import read_offline_run
+
+from medcot import parse_completion
+from medcot.modeling import ADAPTER_FILES
+
+NAMES = ("01_baseline", "02_finetune", "03_compare")
+
+
+def nbval(output, *names, **environment):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "-x",
+    ]
+    paths = [str(REPOSITORY / "notebooks" / f"{name}.ipynb") for name in names]
+    environment = os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(output)} | environment
+    return subprocess.run(
+        [*command, *paths], env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """The folder that the three notebooks, run in order, leave behind."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    run = nbval(folder, *NAMES)
+    assert run.returncode == 0, run.stdout[-5000:]
+    return folder
+
+
+def test_loss_fell(output):
+    history = json.loads((output / "training.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 6 and min(losses[-2:]) < losses[0]
+
+
+def test_the_adapter_has_its_six_files(output):
+    assert {file.name for file in (output / "DeepSeek-R1-Medical-COT").iterdir()} >= set(ADAPTER_FILES)
+
+
+@pytest.mark.parametrize("name", ["baseline", "finetuned"])
+def test_answers_are_kept(output, name):
+    (path,) = (output / "answers").glob(f"{name}-*.jsonl")
+    header, *kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (header["weights"] == "base") == (name == "baseline")
+    assert len(kept) == 6 and all(parse_completion(a["completion"], a["eos_token"]) for a in kept)
+
+
+def test_the_offline_wandb_file_holds_the_loss_history(output):
+    (path,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    keys = [
+        item.key or ".".join(item.nested_key)
+        for record in read_offline_run(path) if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+    ]  # fmt: skip
+    assert keys.count("train/loss") == 6 and "eval/loss" in keys
+
+
+def test_card_and_figures_are_there(output):
+    assert "right answer" in (output / "RUN.md").read_text()
+    assert {file.name for file in (output / "figures").iterdir()} >= {"loss.png", "comparison.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("02_finetune", "run 01_baseline.ipynb first"), ("03_compare", "run 01_baseline.ipynb")]
+)
+def test_a_notebook_alone_says_which_one_to_run_first(tmp_path, name, first):
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    # Up to the cell that would load the model: the word must come before the long work does.
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    until = next(i for i, source in enumerate(cells) if "= load_model(" in source)
+    source = "\n".join(cells[:until]).replace("%matplotlib inline", "")
+    run = subprocess.run(
+        [sys.executable, "-c", source], env=os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert first in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_are_stripped_short_and_without_definitions(name):
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        assert not cell.outputs and cell.execution_count is None
+        tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in ast.walk(tree))
+        assert len(cell.source.splitlines()) <= 6
+    assert any("not for clinical use" in cell.source for cell in notebook.cells)
