@@ -109,12 +109,12 @@ def test_a_bad_source_is_one_error_with_the_cure(few, tmp_path, name, content, w
 
 
 def test_too_few_rows_name_the_numbers(few, tmp_path):
-    with pytest.raises(MedcotError, match="has 7 usable rows.*train_rows=5 and eval_rows=3.*lower them"):
+    with pytest.raises(MedcotError, match=r"has 7 usable rows.*train_rows=5 and eval_rows=3.*lower them"):
         load_splits(replace(few, dataset=write(tmp_path / "rows.jsonl", rows(7))))
 
 
 def test_an_unreachable_hub_is_one_error(few):
-    with pytest.raises(MedcotError, match="no/such-data could not be read.*network"):
+    with pytest.raises(MedcotError, match=r"no/such-data could not be read.*network"):
         load_splits(replace(few, dataset="no/such-data"))
 
 

@@ -92,9 +92,9 @@ def test_a_comparison_counts_and_speaks():
 
 
 def test_answers_to_other_questions_are_refused():
-    with pytest.raises(MedcotError, match="answer 1 .* is to another question than row 1"):
+    with pytest.raises(MedcotError, match=r"answer 1 .* is to another question than row 1"):
         compare(answers([RIGHT] * 2, ["Why 0?", "Who?"]), answers([RIGHT] * 2), ROWS)
-    with pytest.raises(MedcotError, match="has 2 answers and .* 3"):
+    with pytest.raises(MedcotError, match=r"has 2 answers and .* 3"):
         compare(answers([RIGHT] * 2), answers([RIGHT] * 3), ROWS)
 
 

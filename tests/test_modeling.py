@@ -103,7 +103,7 @@ def test_a_missing_adapter_names_the_notebook(settings):
 def test_a_truncated_adapter_is_refused(settings, adapter):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(MedcotError, match="adapter_model.safetensors is damaged"):
+    with pytest.raises(MedcotError, match=r"adapter_model.safetensors is damaged"):
         load_model(settings, adapter=adapter)
 
 

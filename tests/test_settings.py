@@ -3,6 +3,7 @@
 import ast
 import inspect
 from dataclasses import FrozenInstanceError, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_every_field_has_a_docline():
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings").body
     documented = {
         field.target.id
-        for field, doc in zip(body, body[1:], strict=False)
+        for field, doc in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
     assert documented == {field.name for field in fields(Settings)}

@@ -50,33 +50,35 @@ def single_step(rng: random.Random, rule: str, findings: dict) -> tuple[str, str
             ]
         )
     step = rng.choice(cases.FAMILIES[rule].rule(findings))
-    value, _, comparison = step.finding.partition(" ")
     points = cases.points_phrase(step.points)
     asked = [
         (f"How many {rule} points for {step.name}?", f"This gives {points}."),
         (f"What does {step.name} score in {rule}?", points),
-        (f"State the {step.name} for {rule}.", step.finding),
+        (f"State the {step.name} for {rule}.", f"{step.name} {step.finding}"),
     ]
-    if comparison[:1] in "<>" and comparison:
-        sign, limit = comparison.split(" ")
+    if step.finding[0].isdigit():
+        value, *_, sign, limit = step.finding.split(" ")
         asked += [(f"What is the {step.name}?", f"{step.name} {value}")]
         asked += [(f"Is the {step.name} {sign} {limit}?", f"yes, {value} {sign} {limit}")]
-        other = rng.choice(list(cases.COMPARE))
-        holds = cases.COMPARE[other](float(value), float(limit))
-        asked += [(f"Is the {step.name} {other} {limit}?", f"{'yes' if holds else 'no'}, {value} against {limit}")]
+        if "/" not in value:
+            other = rng.choice(list(cases.COMPARE))
+            holds = cases.COMPARE[other](float(value), float(limit))
+            asked += [(f"Is the {step.name} {other} {limit}?", f"{'yes' if holds else 'no'}, {value} against {limit}")]
+    else:
+        asked += [(f"What is the {step.name}?", f"{step.name} {step.finding}")]
     return rng.choice(asked)
 
 
 def drill(rng: random.Random) -> tuple[str, str]:
-    """(question, answer) without a case: a small sum, what a total means, what one finding scores."""
-    kind = rng.randrange(4)
+    """(question, answer) without a case: a sum, a comparison, a total's meaning, a finding's points, what comes next."""
+    kind = rng.randrange(6)
     if kind == 0:
         total, points = rng.randint(0, 17), rng.randint(0, 6)
         more = cases.points_phrase(points)
         return rng.choice(
             [
                 (f"{total} + {points}?", f"{total + points}"),
-                (f"Total {total}, then {more} more?", f"total {total + points}"),
+                (f"Total {total}, then {more} more?", f"makes total {total + points}"),
                 (f"What do {more} make of {total}?", f"{total + points}"),
             ]
         )
@@ -86,14 +88,21 @@ def drill(rng: random.Random) -> tuple[str, str]:
             left, right = left / 10, right / 10
         sign = rng.choice(list(cases.COMPARE))
         return f"{left} {sign} {right}?", "yes" if cases.COMPARE[sign](left, right) else "no"
-    rule = rng.choice(cases.SCORED)
     if kind == 2:
+        states, disorder = rng.choice(list(cases.DISORDERS.items()))
+        return "{} pH, {} pCO2, {} bicarbonate?".format(*states), f"conclusion: {disorder}"
+    rule = rng.choice(cases.SCORED)
+    if kind == 3:
         answer = rng.choice(cases.answers(rule))
         total = int(answer.rpartition(" ")[2])
         meaning = next(words for highest, words in cases.FAMILIES[rule].bands if total <= highest)
-        return f"What does a {answer} mean?", meaning
-    step = rng.choice(cases.FAMILIES[rule].rule(cases.draw_findings(rng, rule, held_out=False)))
-    return f"{rule} points for {step.name} {step.finding}?", cases.points_phrase(step.points)
+        return f"What does a {answer} mean?", f"{rule} of {total}: {meaning}"
+    steps = cases.FAMILIES[rule].rule(cases.draw_findings(rng, rule, held_out=False))
+    place = rng.randrange(len(steps))
+    if kind == 4:
+        before = f"after {steps[place - 1].name}" if place else "first"
+        return f"Which criterion of {rule} comes {before}?", steps[place].name
+    return f"{rule} points for {steps[place].name} {steps[place].finding}?", cases.points_phrase(steps[place].points)
 
 
 def pretraining_row(rng: random.Random, direct: float = DIRECT) -> tuple[str, str, tuple[str, dict] | None]:
@@ -127,7 +136,8 @@ def _answered(question: str, answer: str) -> tuple[str, str]:
 
 
 def _quiz(asked: list[tuple[str, str]]) -> str:
-    return "".join(f"\nQ: {question}\nA: {answer}" for question, answer in asked) + EOS
+    # Each answer starts a line, as in the reasoning to come: the tokens that can start one must not be new to the model.
+    return "".join(f"\nQ: {question}\n{answer}" for question, answer in asked) + EOS
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------------
@@ -138,8 +148,9 @@ def build_tokenizer(seed: int):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    # A space before a digit belongs to the word before it, so that a number is its digits and nothing else.
-    words = r" ?\p{L}+ (?=\p{N})| ?[^\s\p{L}\p{N}]+ (?=\p{N})|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+    # A space before a digit belongs to the word before it, so that a number is its digits and nothing else. A newline is
+    # never merged: the prompt ends in one and an empty reasoning starts with one, and the two must stay apart.
+    words = r" ?\p{L}+ (?=\p{N})| ?[^\s\p{L}\p{N}]+ (?=\p{N})|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,0 +1,155 @@
+"""A Kaggle on the loopback address, for the unmodified client: it keeps kernels, runs them by the clock of its polls, and fails on demand."""
+
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Kernel:
+    """What the server knows of one kernel."""
+
+    def __init__(self):
+        self.version, self.request, self.polls, self.files, self.fails = 0, {}, 0, {}, False
+
+    def status(self):
+        """Queued at the first look, running at the second, then ended."""
+        self.polls += 1
+        return ("QUEUED", "RUNNING")[self.polls - 1] if self.polls < 3 else "ERROR" if self.fails else "COMPLETE"
+
+    def active(self):
+        return self.version > 0 and self.polls < 3
+
+
+class Server:
+    """`address` answers as Kaggle's API and file store; `faults[verb]` lists what goes wrong with the next calls.
+
+    A fault is a status code, "lost" (the call takes effect, the answer is cut off), "cut" (the connection breaks before
+    it takes effect), a number of seconds as a float (slow) or a dict merged into the answer.
+    """
+
+    def __init__(self):
+        self.kernels, self.calls, self.faults, self.most_active, self.downloads = {}, [], {}, 0, []
+        self.cut_files, self.log = {}, json.dumps([{"stream_name": "stdout", "time": 1.0, "data": "line of a log\n"}])
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                owner.post(self)
+
+            def do_GET(self):
+                owner.get(self)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def pushes(self, slug=None):
+        """Slugs of the pushes that took effect, in order; with `slug`, how many of that one."""
+        made = [name for verb, name in self.calls if verb == "pushed"]
+        return made if slug is None else made.count(slug)
+
+    def kernel(self, ref):
+        return self.kernels.setdefault(ref, Kernel())
+
+    # --- requests
+
+    def post(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])) or "{}")
+        assert handler.headers["Authorization"].startswith("Basic "), "the client logs in with name and key"
+        verb = handler.path.rsplit("/", 1)[-1]
+        ref = body.get("slug") or f"{body.get('userName')}/{body.get('kernelSlug')}"
+        self.calls.append((verb, ref))
+        fault = self.faults.get(verb, []).pop(0) if self.faults.get(verb) else None
+        if isinstance(fault, float):
+            time.sleep(fault)
+        if isinstance(fault, int) and not isinstance(fault, bool):
+            return self.reply(handler, fault, {"code": fault, "message": f"made up {fault}"})
+        if fault == "cut":
+            return self.hang_up(handler)
+        answer = getattr(self, verb)(ref, body, fault)
+        if fault == "lost":
+            return self.hang_up(handler)
+        if answer is None:
+            return self.reply(handler, 403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
+        return self.reply(handler, 200, answer | (fault if isinstance(fault, dict) else {}))
+
+    def hang_up(self, handler):
+        handler.close_connection = True
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def reply(self, handler, status, value):
+        data = json.dumps(value).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def SaveKernel(self, ref, body, fault):
+        kernel = self.kernel(ref)
+        if isinstance(fault, dict) and fault.get("error"):
+            return {"ref": "", "url": ""}
+        active = sum(other.active() for other in self.kernels.values())
+        if active >= 2:
+            return {"ref": "", "url": "", "error": "Maximum batch GPU session count of 2 reached."}
+        kernel.version, kernel.request, kernel.polls = kernel.version + 1, body, 0
+        self.calls.append(("pushed", ref))
+        self.most_active = max(self.most_active, active + 1)
+        return {"ref": f"/code/{ref}", "url": f"https://www.kaggle.com/code/{ref}", "versionNumber": kernel.version}
+
+    def GetKernel(self, ref, body, fault):
+        kernel = self.kernels.get(ref)
+        if kernel is None or not kernel.version:
+            return None
+        blob = {"source": kernel.request["text"], "language": "python", "kernelType": "notebook", "slug": ref}
+        return {"metadata": {"ref": ref, "currentVersionNumber": kernel.version}, "blob": blob}
+
+    def GetKernelSessionStatus(self, ref, body, fault):
+        kernel = self.kernels.get(ref)
+        if kernel is None or not kernel.version:
+            return None
+        status = kernel.status()
+        return {"status": status} | ({"failureMessage": "the notebook raised"} if status == "ERROR" else {})
+
+    def GetAcceleratorQuotaStatistics(self, ref, body, fault):
+        return {"gpuQuota": {"timeUsed": "9000s", "totalTimeAllowed": "108000s"}}
+
+    def ListKernelSessionOutput(self, ref, body, fault):
+        """One file a page, so that every listing of more is paged."""
+        names = sorted(self.kernels[ref].files)
+        page = int(body.get("pageToken") or 0)
+        answer = {"log": self.log, "files": []}
+        if page < len(names):
+            answer["files"] = [{"fileName": names[page], "url": f"http://localhost/files/{ref}/{page}"}]
+        if page + 1 < len(names):
+            answer["nextPageToken"] = str(page + 1)
+        return answer
+
+    def get(self, handler):
+        """A file of a kernel's output, with ranges; `cut_files[name]` breaks the next download after that many bytes."""
+        _, _, rest = handler.path.partition("/files/")
+        ref, _, page = rest.rpartition("/")
+        name = sorted(self.kernels[ref].files)[int(page)]
+        data, start = self.kernels[ref].files[name], 0
+        if handler.headers.get("Range"):
+            start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.downloads.append((name, start))
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(data) - start))
+        handler.end_headers()
+        cut = self.cut_files.pop(name, None)
+        handler.wfile.write(data[start : cut if cut is not None else len(data)])
+        if cut is not None:
+            self.hang_up(handler)
