@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from .modeling import for_training
+from .modeling import for_training, keep_activations
 from .tracking import LossChart, configure_wandb
 
 RECORD_FILE = "training.json"
@@ -21,6 +21,14 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     supervised; `max_length` is always set, so that TRL's default of 1,024 never cuts an answer off.
     """
     configure_wandb(settings)
+    if settings.activation_memory_gib and settings.device == "cuda":
+        # The rows' true lengths, not max_seq_length, decide what the longest batch can need.
+        lengths = sorted(map(len, examples["input_ids"]))[-settings.per_device_train_batch_size :]
+        layers = keep_activations(model, sum(lengths), settings.activation_memory_gib)
+        print(
+            f"{layers} of {model.config.num_hidden_layers} layers keep their activations: the longest {len(lengths)} "
+            f"examples have {sum(lengths):,} tokens"
+        )
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -48,6 +56,7 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         bf16=False,
         use_cpu=settings.device == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
+        padding_free=settings.padding_free,
         report_to=settings.report_to,
         disable_tqdm=True,  # a bar as text instead, which also a batch log and a terminal show
     )

@@ -1,0 +1,267 @@
+"""Training and generation speed of the recipes, in one run on one GPU.
+
+python tests/benchmarks/speed.py --model FOLDER --out FOLDER [--t4] [--steps 12] [--only NAME ...]
+
+Every recipe runs in a process of its own on the same examples, because unsloth's patches cannot be taken back. Speed is
+real (unpadded) tokens a second over the median step after the warm-up steps. `--t4` holds the card to T4 conditions:
+fp16, 14.5 GiB, no flash and no cuDNN attention. Prints a Markdown table and writes speed.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+T4_GIB = 14.5
+WARM_UP = 3
+# name: (stack, micro-batch, accumulation, padding free, GiB of kept activations)
+TRAINING = {
+    "TRL + PEFT + bitsandbytes, 2 x 4": ("trl", 2, 4, False, 0.0),
+    "kaggle-t4: Unsloth, 2 x 4, padded": ("unsloth", 2, 4, False, 0.0),
+    "Unsloth, 2 x 4, padding-free": ("unsloth", 2, 4, True, 0.0),
+    "Unsloth, 8 x 1, padding-free": ("unsloth", 8, 1, True, 0.0),
+    "Unsloth, 8 x 1, padding-free, 6 GiB kept": ("unsloth", 8, 1, True, 6.0),
+    "kaggle-t4-fast: Unsloth, 4 x 2, padding-free, 6 GiB kept": ("unsloth", 4, 2, True, 6.0),
+    "Unsloth, 2 x 4, padding-free, 6 GiB kept": ("unsloth", 2, 4, True, 6.0),
+    "Unsloth, 1 x 8, 6 GiB kept": ("unsloth", 1, 8, True, 6.0),
+}
+GENERATION = {"one question at a time": 1, "16 questions": 16, "32 questions": 32, "64 questions": 64}
+
+
+def t4_conditions():
+    """Holds this process to what a T4 has, as far as another card can be held to it."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def examples(rows: int, vocabulary: int, seed: int = 3407):
+    """Random token rows with the data set's length distribution: log-normal, median 730, 95th percentile about 1,000."""
+    import datasets
+
+    chance = random.Random(seed)
+    made = []
+    for _ in range(rows):
+        length = min(2048, max(200, int(chance.lognormvariate(6.593, 0.19))))
+        ids = [0, *(chance.randrange(10, vocabulary) for _ in range(length - 2)), 1]
+        made.append({"input_ids": ids, "completion_mask": [1] * length})
+    return datasets.Dataset.from_list(made)
+
+
+def settings_for(options, recipe=(None, 2, 4, False, 0.0)):
+    from medcot.settings import PROFILES
+
+    _, size, accumulation, padding_free, gib = recipe
+    return replace(
+        PROFILES["kaggle-t4"], model=options.model, output_dir=Path(options.out) / "run", report_to="none",
+        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, padding_free=padding_free,
+        activation_memory_gib=gib, max_steps=options.steps, warmup_steps=1, eval_steps=10**6,
+    )  # fmt: skip
+
+
+def timed(trainer, rows):
+    """Trains and returns seconds a step and the losses; a step is timed to its end on the GPU."""
+    import torch
+    from transformers import TrainerCallback
+
+    seconds = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    # The order the sampler drew the rows in, to count each step's real tokens.
+    order = [index for batch in trainer.get_train_dataloader().batch_sampler for index in batch]
+    tokens = [sum(len(rows[i]["input_ids"]) for i in order[8 * s : 8 * s + 8]) for s in range(len(seconds))]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return seconds, tokens, losses
+
+
+def trl_trainer(options, recipe, rows):
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    settings = settings_for(options, recipe)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, quantization_config=four_bit, dtype=torch.float16, attn_implementation="sdpa", device_map={"": 0}
+    )
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(settings.seed)
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=get_peft_model(model, lora),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        train_dataset=rows,
+        args=SFTConfig(
+            output_dir=str(settings.output_dir), max_length=2048, per_device_train_batch_size=recipe[1],
+            gradient_accumulation_steps=recipe[2], learning_rate=2e-4, max_steps=settings.max_steps, warmup_steps=1,
+            optim="adamw_8bit", weight_decay=0.01, logging_steps=1, save_strategy="no", seed=3407, data_seed=3407,
+            fp16=True, bf16=False, gradient_checkpointing=True, report_to="none", completion_only_loss=True,
+        ),
+    )  # fmt: skip
+    for weight in trainer.model.parameters():  # TRL casts adapters to bf16, for which the fp16 scaler has no kernel
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return trainer
+
+
+def unsloth_trainer(options, recipe, rows):
+    from medcot import add_lora, load_model, make_trainer
+
+    settings = settings_for(options, recipe)
+    model, tokenizer = load_model(settings)
+    model = add_lora(model, settings)
+    model.print_trainable_parameters()
+    return make_trainer(model, tokenizer, rows, settings)
+
+
+def training(options, name):
+    import torch
+
+    recipe, rows = TRAINING[name], examples(500, 1000)
+    try:
+        trainer = (trl_trainer if recipe[0] == "trl" else unsloth_trainer)(options, recipe, rows)
+        seconds, tokens, losses = timed(trainer, rows)
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error)[:120]}"}
+    rates = [count / took for count, took in zip(tokens[WARM_UP:], seconds[WARM_UP:], strict=True)]
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "losses": losses,
+        "seconds": seconds,
+    }
+
+
+def generation(options, name):
+    import torch
+    from transformers import GenerationConfig
+
+    from medcot import load_model
+
+    settings, size, new = settings_for(options), GENERATION[name], options.new_tokens
+    model, tokenizer = load_model(settings)
+    rows = examples(64, 1000)
+    config = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=tokenizer.pad_token_id
+    )
+    rates = []
+    for repeat in range(3):
+        prompts = [ids[:200] for ids in rows["input_ids"][:size]]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to("cuda")
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(**inputs, generation_config=config)
+        torch.cuda.synchronize()
+        made = (output.shape[1] - inputs["input_ids"].shape[1]) * size
+        if repeat:  # the first call compiles and captures
+            rates.append(made / (time.perf_counter() - started))
+    return {"tokens_per_second": statistics.median(rates), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def matrix_rate():
+    """Sustained fp16 matrix products of this card in TFLOP/s, 8192 cubed, median of 20."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    took = []
+    for _ in range(25):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+    return 2 * 8192**3 / statistics.median(took[5:]) / 1e12
+
+
+def one(options):
+    import torch
+
+    if options.t4:
+        t4_conditions()
+    if options.one == "card":
+        result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "matrix_tflops": matrix_rate()}
+    else:
+        result = (training if options.one in TRAINING else generation)(options, options.one)
+    Path(options.result).write_text(json.dumps(result))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--t4", action="store_true")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--only", nargs="*", default=[*TRAINING, *GENERATION])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        return one(options)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in ["card", *options.only]:
+        result, started = out / "one.json", time.monotonic()
+        result.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--one", name, "--result", str(result), "--model", options.model, "--out", str(out),
+                   "--steps", str(options.steps), "--new-tokens", str(options.new_tokens)]  # fmt: skip
+        with (out / "log.txt").open("a") as log:
+            print(f"=== {name}", file=log, flush=True)
+            subprocess.run(
+                [*command, *(["--t4"] if options.t4 else [])], stdout=log, stderr=log, check=False, env=os.environ
+            )
+        results[name] = json.loads(result.read_text()) if result.exists() else {"error": "failed, see log.txt"}
+        print(f"{name}: {time.monotonic() - started:.0f} s, {str(results[name])[:200]}", file=sys.stderr, flush=True)
+        (out / "speed.json").write_text(json.dumps({"t4_conditions": options.t4, "results": results}, indent=1))
+    print(table(results))
+
+
+def table(results):
+    lines = [f"{results['card'].get('device')}, torch {results['card'].get('torch')}", ""]
+    lines += ["| recipe | real tokens/s | peak GiB | losses, steps 1, 2, 3, last |", "| --- | --- | --- | --- |"]
+    for name in (name for name in results if name != "card"):
+        found = results[name]
+        if "error" in found:
+            lines.append(f"| {name} | {found['error']} | | |")
+            continue
+        losses = found.get("losses", [])
+        shown = " ".join(f"{loss:.4f}" for loss in (*losses[:3], *losses[-1:]))
+        lines.append(f"| {name} | {found['tokens_per_second']:,.0f} | {found['peak_gib']:.1f} | {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
