@@ -121,7 +121,7 @@ class Settings:
         if not 0 <= self.lora_dropout < 1:
             wrong.append(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
         if self.activation_memory_gib < 0:
-            wrong.append(f"activation_memory_gib={self.activation_memory_gib}: 0 recomputes every layer, 6 suits a T4")
+            wrong.append(f"activation_memory_gib={self.activation_memory_gib}: 0 recomputes every layer, 8 suits a T4")
         if self.temperature < 0:
             wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
         if not self.target_modules or isinstance(self.target_modules, str):
@@ -169,7 +169,7 @@ _KAGGLE_T4 = Settings(profile="kaggle-t4")
 # The same rows, the same eight examples a step and the same losses, arranged for speed (docs: README, Speed).
 _KAGGLE_T4_FAST = replace(
     _KAGGLE_T4, profile="kaggle-t4-fast", per_device_train_batch_size=4, gradient_accumulation_steps=2,
-    padding_free=True, activation_memory_gib=6.0, generation_batch_size=32,
+    padding_free=True, activation_memory_gib=8.0, generation_batch_size=32,
 )  # fmt: skip
 # The embedded model is 3,000 times smaller and knows no language: it needs more and larger steps than the 8B, which
 # already reasons and only has to take on a form.

@@ -2,9 +2,10 @@
 
 python tests/benchmarks/speed.py --model FOLDER --out FOLDER [--t4] [--steps 12] [--only NAME ...]
 
-Every recipe runs in a process of its own on the same examples, because unsloth's patches cannot be taken back. Speed is
-real (unpadded) tokens a second over the median step after the warm-up steps. `--t4` holds the card to T4 conditions:
-fp16, 14.5 GiB, no flash and no cuDNN attention. Prints a Markdown table and writes speed.json.
+The recipes of one stack share a process and one loaded model; TRL's have another, because unsloth's patches cannot be
+taken back. All see the same examples in the same order. Speed is real (unpadded) tokens a second, the median over the
+steps after the warm-up. `--t4` holds the card to T4 conditions: fp16, 14.5 GiB, no flash and no cuDNN attention. Prints
+a Markdown table and writes speed.json.
 """
 
 import argparse
@@ -22,16 +23,21 @@ T4_GIB = 14.5
 WARM_UP = 3
 # name: (stack, micro-batch, accumulation, padding free, GiB of kept activations)
 TRAINING = {
-    "TRL + PEFT + bitsandbytes, 2 x 4": ("trl", 2, 4, False, 0.0),
     "kaggle-t4: Unsloth, 2 x 4, padded": ("unsloth", 2, 4, False, 0.0),
-    "Unsloth, 2 x 4, padding-free": ("unsloth", 2, 4, True, 0.0),
     "Unsloth, 8 x 1, padding-free": ("unsloth", 8, 1, True, 0.0),
-    "Unsloth, 8 x 1, padding-free, 6 GiB kept": ("unsloth", 8, 1, True, 6.0),
-    "kaggle-t4-fast: Unsloth, 4 x 2, padding-free, 6 GiB kept": ("unsloth", 4, 2, True, 6.0),
-    "Unsloth, 2 x 4, padding-free, 6 GiB kept": ("unsloth", 2, 4, True, 6.0),
-    "Unsloth, 1 x 8, 6 GiB kept": ("unsloth", 1, 8, True, 6.0),
+    "Unsloth, 8 x 1, padding-free, 8 GiB kept": ("unsloth", 8, 1, True, 8.0),
+    "kaggle-t4-fast: Unsloth, 4 x 2, padding-free, 8 GiB kept": ("unsloth", 4, 2, True, 8.0),
+    "Unsloth, 2 x 4, padding-free, 8 GiB kept": ("unsloth", 2, 4, True, 8.0),
+    "TRL + PEFT + bitsandbytes, 2 x 4": ("trl", 2, 4, False, 0.0),
 }
-GENERATION = {"one question at a time": 1, "16 questions": 16, "32 questions": 32, "64 questions": 64}
+# name: (stack, questions at once, CUDA graphs in decoding)
+GENERATION = {
+    "generation, one question at a time": ("generation", 1, False),
+    "generation, 32 questions": ("generation", 32, False),
+    "generation, 32 questions, CUDA graphs": ("generation", 32, True),
+    "generation, 48 questions, CUDA graphs": ("generation", 48, True),
+}
+RECIPES = TRAINING | GENERATION
 
 
 def t4_conditions():
@@ -134,20 +140,35 @@ def trl_trainer(options, recipe, rows):
     return trainer
 
 
-def unsloth_trainer(options, recipe, rows):
+def unsloth_trainer(options, recipe, rows, loaded={}):  # noqa: B006, the one model that the recipes share
+    import torch
+
     from medcot import add_lora, load_model, make_trainer
 
     settings = settings_for(options, recipe)
-    model, tokenizer = load_model(settings)
-    model = add_lora(model, settings)
-    model.print_trainable_parameters()
-    return make_trainer(model, tokenizer, rows, settings)
+    if not loaded:
+        model, loaded["tokenizer"] = load_model(settings)
+        loaded["model"] = add_lora(model, settings)
+        loaded["fresh"] = {n: w.detach().cpu().clone() for n, w in loaded["model"].named_parameters() if "lora_" in n}
+        loaded["model"].print_trainable_parameters()
+    with torch.no_grad():  # every recipe starts from the same adapters
+        for name, weight in loaded["model"].named_parameters():
+            if name in loaded["fresh"]:
+                weight.copy_(loaded["fresh"][name])
+    for module in loaded["model"].modules():  # takes back what keep_activations set for the recipe before
+        module.__dict__.pop("_unsloth_skip_checkpoint", None)
+    return make_trainer(loaded["model"], loaded["tokenizer"], rows, settings)
 
 
-def training(options, name):
+def training(options, recipe):
+    import gc
+
     import torch
 
-    recipe, rows = TRAINING[name], examples(500, 1000)
+    rows = examples(500, 1000)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
         trainer = (trl_trainer if recipe[0] == "trl" else unsloth_trainer)(options, recipe, rows)
         seconds, tokens, losses = timed(trainer, rows)
@@ -163,30 +184,40 @@ def training(options, name):
     }
 
 
-def generation(options, name):
+def generation(options, recipe, loaded={}):  # noqa: B006, the one model that the recipes share
+    import gc
+
     import torch
     from transformers import GenerationConfig
 
     from medcot import load_model
 
-    settings, size, new = settings_for(options), GENERATION[name], options.new_tokens
-    model, tokenizer = load_model(settings)
-    rows = examples(64, 1000)
+    if not loaded:
+        loaded["model"], loaded["tokenizer"] = load_model(settings_for(options))
+    model, tokenizer, (_, size, graphs) = loaded["model"], loaded["tokenizer"], recipe
+    new = options.new_tokens if size > 1 else options.new_tokens // 3
+    os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = str(int(graphs))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     config = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=tokenizer.pad_token_id
     )
+    prompts = [ids[:200] for ids in examples(size, 1000)["input_ids"]]
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to("cuda")
     rates = []
-    for repeat in range(3):
-        prompts = [ids[:200] for ids in rows["input_ids"][:size]]
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to("cuda")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=config)
-        torch.cuda.synchronize()
-        made = (output.shape[1] - inputs["input_ids"].shape[1]) * size
-        if repeat:  # the first call compiles and captures
-            rates.append(made / (time.perf_counter() - started))
+    try:
+        for repeat in range(3):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            with torch.inference_mode():
+                output = model.generate(**inputs, generation_config=config)
+            torch.cuda.synchronize()
+            made = (output.shape[1] - inputs["input_ids"].shape[1]) * size
+            if repeat:  # the first call compiles and captures
+                rates.append(made / (time.perf_counter() - started))
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error)[:120]}"}
     return {"tokens_per_second": statistics.median(rates), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
@@ -205,52 +236,55 @@ def matrix_rate():
     return 2 * 8192**3 / statistics.median(took[5:]) / 1e12
 
 
-def one(options):
+def run_stack(options):
+    """In a process of its own: the recipes of one stack, each result written as soon as it is there."""
     import torch
 
     if options.t4:
         t4_conditions()
-    if options.one == "card":
-        result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "matrix_tflops": matrix_rate()}
-    else:
-        result = (training if options.one in TRAINING else generation)(options, options.one)
-    Path(options.result).write_text(json.dumps(result))
+    card = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results = {"card": card | {"matrix_tflops": matrix_rate()}}
+    for name in options.only:
+        if RECIPES[name][0] == options.stack:
+            print(f"=== {name}", flush=True)
+            results[name] = (generation if options.stack == "generation" else training)(options, RECIPES[name])
+            (Path(options.out) / f"{options.stack}.json").write_text(json.dumps(results))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="folder of an 8B-shaped model, in 4 bits to save time")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--t4", action="store_true")
+    parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=192)
-    parser.add_argument("--only", nargs="*", default=[*TRAINING, *GENERATION])
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--result", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--stack", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        return one(options)
-    out = Path(options.out)
+    if options.stack:
+        return run_stack(options)
+    out, results = Path(options.out), {}
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for name in ["card", *options.only]:
-        result, started = out / "one.json", time.monotonic()
-        result.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--one", name, "--result", str(result), "--model", options.model, "--out", str(out),
-                   "--steps", str(options.steps), "--new-tokens", str(options.new_tokens)]  # fmt: skip
-        with (out / "log.txt").open("a") as log:
-            print(f"=== {name}", file=log, flush=True)
-            subprocess.run(
-                [*command, *(["--t4"] if options.t4 else [])], stdout=log, stderr=log, check=False, env=os.environ
-            )
-        results[name] = json.loads(result.read_text()) if result.exists() else {"error": "failed, see log.txt"}
-        print(f"{name}: {time.monotonic() - started:.0f} s, {str(results[name])[:200]}", file=sys.stderr, flush=True)
-        (out / "speed.json").write_text(json.dumps({"t4_conditions": options.t4, "results": results}, indent=1))
+    for stack in dict.fromkeys(RECIPES[name][0] for name in options.only):
+        started = time.monotonic()
+        with (out / f"{stack}.log").open("w") as log:
+            subprocess.run([sys.executable, *sys.argv, "--stack", stack], stdout=log, stderr=log, check=False)
+        found = out / f"{stack}.json"
+        results |= json.loads(found.read_text()) if found.exists() else {}
+        print(f"{stack}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    for name in options.only:
+        results.setdefault(name, {"error": f"failed, see {RECIPES[name][0]}.log"})
+    made = {"date": time.strftime("%Y-%m-%d"), "t4_conditions": options.t4, "results": results}
+    (out / "speed.json").write_text(json.dumps(made, indent=1))
     print(table(results))
 
 
 def table(results):
-    lines = [f"{results['card'].get('device')}, torch {results['card'].get('torch')}", ""]
+    card = results.get("card", {})
+    lines = [
+        f"{card.get('device')}, torch {card.get('torch')}, fp16 products {card.get('matrix_tflops', 0):.0f} TFLOP/s",
+        "",
+    ]
     lines += ["| recipe | real tokens/s | peak GiB | losses, steps 1, 2, 3, last |", "| --- | --- | --- | --- |"]
     for name in (name for name in results if name != "card"):
         found = results[name]
