@@ -27,10 +27,10 @@ CHAT_TEMPLATE = (
 
 VOCABULARY = 1152
 MAX_LENGTH = 2048  # tokens
-SHAPE = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 512}
-STEPS, BATCH = 4000, 256  # optimiser steps; rows a step
-LEARNING_RATE, WARMUP = 2e-3, 200  # peak; steps up to it, then a cosine down to a tenth
-DIRECT = 0.2  # share of rows that answer a whole case at once
+SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384}
+STEPS, BATCH = 1600, 256  # optimiser steps; rows a step
+LEARNING_RATE, WARMUP = 2e-3, 100  # peak; steps up to it, then a cosine down to a tenth
+DIRECT = 0.02  # share of rows that answer a whole case at once
 
 
 # --- the text --------------------------------------------------------------------------------------------------------
@@ -49,12 +49,15 @@ def single_step(rng: random.Random, rule: str, findings: dict) -> tuple[str, str
                 (f"Compare the {name} with {low}-{high}.", line.removeprefix(f"{name} ").split(":")[0]),
             ]
         )
-    step = rng.choice(cases.FAMILIES[rule].rule(findings))
+    steps = cases.FAMILIES[rule].rule(findings)
+    place = rng.randrange(len(steps))
+    step = steps[place]
     points = cases.points_phrase(step.points)
     asked = [
         (f"How many {rule} points for {step.name}?", f"This gives {points}."),
         (f"What does {step.name} score in {rule}?", points),
         (f"State the {step.name} for {rule}.", f"{step.name} {step.finding}"),
+        (f"Which criterion of {rule} comes {_after(steps, place)}?", step.name),
     ]
     if step.finding[0].isdigit():
         value, *_, sign, limit = step.finding.split(" ")
@@ -67,6 +70,10 @@ def single_step(rng: random.Random, rule: str, findings: dict) -> tuple[str, str
     else:
         asked += [(f"What is the {step.name}?", f"{step.name} {step.finding}")]
     return rng.choice(asked)
+
+
+def _after(steps: list[cases.Step], place: int) -> str:
+    return f"after {steps[place - 1].name}" if place else "first"
 
 
 def drill(rng: random.Random) -> tuple[str, str]:
@@ -100,8 +107,7 @@ def drill(rng: random.Random) -> tuple[str, str]:
     steps = cases.FAMILIES[rule].rule(cases.draw_findings(rng, rule, held_out=False))
     place = rng.randrange(len(steps))
     if kind == 4:
-        before = f"after {steps[place - 1].name}" if place else "first"
-        return f"Which criterion of {rule} comes {before}?", steps[place].name
+        return f"Which criterion of {rule} comes {_after(steps, place)}?", steps[place].name
     return f"{rule} points for {steps[place].name} {steps[place].finding}?", cases.points_phrase(steps[place].points)
 
 
@@ -118,13 +124,13 @@ def pretraining_row(rng: random.Random, direct: float = DIRECT) -> tuple[str, st
         spec = cases.FAMILIES[family]
         question = f"{cases.vignette(rng, spec, findings)} {rng.choice(spec.asks)}"
         return _answered(question, cases.reason(family, findings)[1]) + ((family, findings),)
-    if kind > 0.85:
+    if kind > 0.8:
         asked = [drill(rng) for _ in range(8)]
         return "", _quiz(asked), None
     rule = rng.choice(list(cases.FAMILIES))
     findings = cases.draw_findings(rng, rule, held_out=False)
     chart = cases.vignette(rng, cases.FAMILIES[rule], findings)
-    if kind > direct + 0.5 * (0.85 - direct):
+    if kind > direct + 0.5 * (0.8 - direct):
         question, answer = single_step(rng, rule, findings)
         return _answered(f"{chart} {question}", answer) + ((rule, findings),)
     return chart, _quiz([single_step(rng, rule, findings) for _ in range(6)]), (rule, findings)
