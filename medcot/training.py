@@ -104,7 +104,7 @@ def train(trainer, settings):
     """
     import wandb
     from accelerate.utils.memory import should_reduce_batch_size
-    from transformers import WandbCallback
+    from transformers.integrations import WandbCallback
 
     folder = settings.output_dir / "checkpoints"
     callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RunCallback")
