@@ -89,6 +89,9 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         eval_dataset=held_out,
         callbacks=[_callback(settings)],
     )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL makes them bfloat16 on a CPU; a checkpoint comes back as float32
+            weight.data = weight.data.float()
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
 
