@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from .prompts import THINK_CLOSE, THINK_OPEN, format_prompt
-from .settings import NOTICE, MedcotError
+from .settings import NOTICE, MedcotError, check_disk
 
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
@@ -90,6 +90,8 @@ def load_model(settings, adapter: Path | None = None):
     float16 on a GPU (a T4 has no bfloat16), float32 on a CPU. Only safetensors are read and no remote code runs.
     Raises MedcotError for a model that is not there, has no safetensors, or does not fit the adapter.
     """
+    if adapter is not None:
+        _finish_swap(Path(adapter))
     if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise MedcotError(
             f"no adapter_model.safetensors in {adapter}: run 02_finetune.ipynb with the same profile first"
@@ -172,8 +174,10 @@ def save_adapter(model, tokenizer, settings) -> Path:
     The tokenizer is saved as a plain fast one, which stock `AutoTokenizer` reads back without damage.
     """
     folder = settings.adapter_dir
+    _finish_swap(folder)
     fresh = folder.with_name(folder.name + ".saving")
     shutil.rmtree(fresh, ignore_errors=True)
+    check_disk(folder, 4 * sum(w.numel() for n, w in model.named_parameters() if "lora_" in n) + 32 * 2**20)
     model.save_pretrained(fresh, safe_serialization=True)
     tokenizer.save_pretrained(fresh)
     config_file = fresh / "tokenizer_config.json"
@@ -189,10 +193,21 @@ def save_adapter(model, tokenizer, settings) -> Path:
     if missing:
         raise RuntimeError(f"{fresh} lacks {', '.join(missing)} after saving")
     load_tokenizer(str(fresh))
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(folder.with_name(folder.name + ".old"))
     fresh.rename(folder)
+    _finish_swap(folder)
     print(f"adapter saved in {folder} ({', '.join(ADAPTER_FILES)}). {NOTICE}")
     return folder
+
+
+def _finish_swap(folder: Path):
+    """Ends what `save_adapter` may have been killed in: with `.old` there, `.saving` was complete and checked."""
+    old, fresh = (folder.with_name(folder.name + ending) for ending in (".old", ".saving"))
+    if old.exists():
+        if not folder.exists():
+            fresh.rename(folder)
+        shutil.rmtree(old)
 
 
 def _load_adapter(model, settings, folder: Path):

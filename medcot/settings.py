@@ -1,12 +1,16 @@
 """Every number of a run: the settings, the profiles, and where files go."""
 
+import contextlib
 import os
+import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
 EMBEDDED_CASES = "embedded cases"
 ADAPTER_FOLDER = "DeepSeek-R1-Medical-COT"
+PAUSES = (2, 8, 20)  # seconds before the second, third and fourth attempt to reach a hub
 NOTICE = "Research software, not for clinical use: answers may be wrong and must not guide the care of a patient."
 
 
@@ -88,6 +92,10 @@ class Settings:
     """Steps between two measurements of the held-out loss."""
     eval_loss_rows: int = 16
     """Evaluation rows whose loss is measured in training."""
+    save_steps: int = 10
+    """Steps between two checkpoints, of which the last two are kept; a step of the 8B takes 10 to 20 s on a T4."""
+    session_minutes: float = 0.0
+    """Minutes after the session's start at which training stops with a checkpoint; 0 sets no limit. Kaggle: 700 of 720."""
     seed: int = 3407
     """Seed of the adapters, of the row order and of sampling."""
 
@@ -106,6 +114,8 @@ class Settings:
     """Project name in Weights & Biases."""
     output_dir: Path = Path("outputs")
     """Everything a run writes is below this folder."""
+    earlier_output: Path | None = None
+    """Folder that holds the output of an earlier session, whose checkpoints are continued; on Kaggle what is attached."""
 
     def __post_init__(self):
         wrong = [
@@ -122,6 +132,8 @@ class Settings:
             wrong.append(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
         if self.activation_memory_gib < 0:
             wrong.append(f"activation_memory_gib={self.activation_memory_gib}: 0 recomputes every layer, 8 suits a T4")
+        if not 0 <= self.session_minutes < float("inf"):
+            wrong.append(f"session_minutes={self.session_minutes}: 0 sets no limit, 700 suits Kaggle's 12 hours")
         if self.temperature < 0:
             wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
         if not self.target_modules or isinstance(self.target_modules, str):
@@ -142,6 +154,8 @@ class Settings:
         if wrong:
             raise MedcotError("these settings cannot run: " + "; ".join(wrong))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
+        if self.earlier_output is not None:
+            object.__setattr__(self, "earlier_output", Path(self.earlier_output))
 
     @property
     def examples_per_step(self) -> int:
@@ -157,7 +171,7 @@ class Settings:
 _LEAST = {
     "max_seq_length": 128, "train_rows": 1, "eval_rows": 1, "answer_rows": 1, "r": 1, "lora_alpha": 1,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0,
-    "logging_steps": 1, "eval_steps": 1, "eval_loss_rows": 1, "seed": 0, "max_new_tokens": 1, "generation_batch_size": 1,
+    "logging_steps": 1, "eval_steps": 1, "eval_loss_rows": 1, "save_steps": 1, "seed": 0, "max_new_tokens": 1, "generation_batch_size": 1,
 }  # fmt: skip
 _CHOICES = {
     "device": ("cuda", "cpu"),
@@ -177,6 +191,7 @@ _TINY = Settings(
     profile="tiny", model=EMBEDDED_MODEL, dataset=EMBEDDED_CASES, device="cpu",
     train_rows=2000, eval_rows=210, answer_rows=210, per_device_train_batch_size=16, gradient_accumulation_steps=1,
     gradient_checkpointing=False, learning_rate=2e-3, max_steps=300, warmup_steps=20, logging_steps=5, eval_steps=50, eval_loss_rows=64,
+    save_steps=50,
     max_new_tokens=256, generation_batch_size=70,
 )  # fmt: skip
 PROFILES = {
@@ -194,7 +209,8 @@ def load_settings() -> Settings:
     """The settings of this session, from its environment, with one printed line that says what was chosen and why.
 
     `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4` and no GPU means `tiny`. `MEDCOT_MODEL`,
-    `MEDCOT_DATASET` and `MEDCOT_OUT` replace the model, the data and the output folder. Raises MedcotError for an
+    `MEDCOT_DATASET`, `MEDCOT_OUT` and `MEDCOT_EARLIER` replace the model, the data, the output folder and the folder of an
+    earlier session's output. Raises MedcotError for an
     unknown profile and for a profile that needs a GPU where there is none.
     """
     import torch  # here, because the rooms that only read settings start without it
@@ -216,7 +232,10 @@ def load_settings() -> Settings:
         "device": "cuda" if gpu else "cpu",
         "output_dir": Path(os.environ.get("MEDCOT_OUT") or _default_output(profile)).absolute(),
     }
-    for variable, field in (("MEDCOT_MODEL", "model"), ("MEDCOT_DATASET", "dataset")):
+    if on_kaggle():  # a session ends after 12 hours; what is attached to it is below /kaggle/input
+        changes |= {"session_minutes": 700.0, "earlier_output": Path("/kaggle/input")}
+    overrides = (("MEDCOT_MODEL", "model"), ("MEDCOT_DATASET", "dataset"), ("MEDCOT_EARLIER", "earlier_output"))
+    for variable, field in overrides:
         if os.environ.get(variable):
             changes[field] = os.environ[variable]
     settings = replace(settings, **changes)
@@ -239,3 +258,57 @@ def _default_output(profile: str) -> Path:
     here = Path.cwd()
     root = next((folder for folder in (here, *here.parents) if (folder / "kaggle-metadata.json").is_file()), here)
     return root / "outputs" / profile
+
+
+def check_disk(folder: Path, needed: int):
+    """Raises MedcotError if fewer than `needed` bytes are free where `folder` is or will be."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise MedcotError(
+            f"{there} has {free / 2**20:.0f} MiB free and the next save needs {needed / 2**20:.0f}, so it was not begun: "
+            "delete what is not needed there or set MEDCOT_OUT to another disk, then run this cell again"
+        )
+
+
+@contextlib.contextmanager
+def only_process(folder: Path):
+    """Holds a lock on a folder that is written to; it ends with the process, however that ends.
+
+    Raises MedcotError at once if another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise MedcotError(
+            f"another process is writing to {folder}: wait until it is done, or set MEDCOT_OUT to another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def patiently(call, what: str):
+    """`call()`, tried again after each of `PAUSES` when the network fails, with a printed line each time.
+
+    Half downloads stay in the hub's cache, so that the next attempt fetches only what is missing.
+    """
+    import httpx
+
+    for attempt, pause in enumerate((*PAUSES, None), 1):
+        try:
+            return call()
+        except Exception as error:  # libraries wrap what the network raised, each in its own way
+            causes = [error]
+            while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+                causes.append(cause)
+            failed = next((c for c in causes if isinstance(c, httpx.TransportError | TimeoutError)), None)
+            if failed is None or pause is None:
+                raise
+            print(f"{what}: {type(failed).__name__}, trying again in {pause} s (attempt {attempt} of {len(PAUSES)})")
+        time.sleep(pause)

@@ -1,17 +1,35 @@
 """The trainer: a plain function that returns a stock TRL trainer."""
 
+import contextlib
+import gc
+import hashlib
 import json
 import os
 import platform
+import shutil
+import signal
+import threading
 import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from .modeling import for_training, keep_activations
+from .settings import MedcotError, check_disk, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
 RECORD_FILE = "training.json"
+CHECKPOINT_FILE = "checkpoint.json"  # written last into a checkpoint: without it the checkpoint is not finished
+MAX_SKIPPED = 10  # updates skipped in a row before training stops; in fp16 the first one to three are usual
+# A checkpoint may be continued whatever these say: they do not change what a step computes. The data's own fields are
+# not compared because the examples made of them are.
+_FREE = (
+    "profile", "dataset", "dataset_config", "dataset_revision", "train_rows", "eval_rows", "answer_rows",
+    "max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps",
+    "session_minutes", "max_new_tokens", "generation_batch_size", "temperature", "report_to", "wandb_project",
+    "output_dir", "earlier_output",
+)  # fmt: skip
 
 
 def make_trainer(model, tokenizer, examples, settings, held_out=None):
@@ -49,7 +67,10 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         logging_first_step=True,
         eval_strategy="no" if held_out is None else "steps",
         eval_steps=settings.eval_steps,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_nan_inf_filter=False,  # a loss that is not finite is shown, not replaced by a mean
         seed=settings.seed,
         data_seed=settings.seed,
         fp16=settings.device == "cuda",
@@ -68,32 +89,275 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         eval_dataset=held_out,
         callbacks=[_callback(settings)],
     )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL makes them bfloat16 on a CPU; a checkpoint comes back as float32
+            weight.data = weight.data.float()
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
 
 
+def train(trainer, settings):
+    """Trains to `max_steps`, from the newest whole checkpoint of the same run on if there is one (`last_checkpoint`).
+
+    Stops early, with a checkpoint and a printed line that says how to continue, when the session's minutes are used or
+    on an interrupt (Ctrl-C, the notebook's stop button). When memory runs out, the micro-batch is divided and the
+    accumulation multiplied, so that a step sees the same examples. Raises MedcotError for a checkpoint of another run,
+    a nearly full disk, more than `MAX_SKIPPED` updates skipped in a row, one example that does not fit the memory, and
+    a second process that trains into the same folder.
+    """
+    import wandb
+    from accelerate.utils.memory import should_reduce_batch_size
+    from transformers.integrations import WandbCallback
+
+    folder = settings.output_dir / "checkpoints"
+    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RunCallback")
+    callback.stop = None
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, WandbCallback) and wandb.run is None:
+            tracker._initialized = False  # a run that this trainer finished before cannot be logged to
+    alone = only_process(folder) if trainer.is_world_process_zero() else contextlib.nullcontext()
+    with alone, _interrupts(callback):
+        while True:
+            checkpoint = last_checkpoint(settings, trainer.train_dataset)
+            if checkpoint and _step(checkpoint) >= settings.max_steps:
+                _take_over(trainer, checkpoint, settings)
+                print(f"already trained, {checkpoint} is its end: delete {checkpoint.parent} to train anew")
+                return
+            if checkpoint:
+                print(f"going on from {checkpoint}")
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                break
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or callback.updating or trainer.args.world_size > 1:
+                    raise
+            # Out of the except block, so that the failed step's tensors are gone.
+            _reduce_micro_batch(trainer, settings)
+    if trainer.state.global_step < settings.max_steps:
+        print(
+            f"stopped at step {trainer.state.global_step} of {settings.max_steps} ({callback.stop}). Continue with this "
+            f"notebook, run again: it goes on from {folder}; in a new session attach this one's output first"
+        )
+
+
+@contextlib.contextmanager
+def _interrupts(callback):
+    """Turns the first interrupt into a wish to stop after the step at hand; a second one interrupts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        callback.stop = "interrupted"
+        signal.signal(signal.SIGINT, before)
+        print("\nstopping after this step, with a checkpoint; interrupt again to stop at once without one")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def last_checkpoint(settings, examples) -> Path | None:
+    """The newest whole checkpoint of this run in `output_dir` or `earlier_output`; None if there is none.
+
+    Unfinished and damaged ones are named in a printed line and passed over. Raises MedcotError if the newest whole one
+    is of another run, naming every setting that differs.
+    """
+    folders = [settings.output_dir / "checkpoints"]
+    if settings.earlier_output is not None:
+        folders += sorted(settings.earlier_output.rglob("checkpoints"))
+    found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for checkpoint in sorted(found, key=_step, reverse=True):
+        if damage := _damage(checkpoint):
+            print(f"{checkpoint} {damage}: passed over for the one before")
+            if checkpoint.parent == folders[0]:
+                shutil.rmtree(checkpoint)  # or it would count as one of the two that are kept
+            continue
+        there = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        if odd := _differences(there, _identity(settings, examples)):
+            raise MedcotError(
+                f"{checkpoint} is of another run: {', '.join(odd)}. Set that back, or choose another output folder "
+                "(MEDCOT_OUT) or delete the checkpoints to train anew"
+            )
+        return checkpoint
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
+
+
+def _identity(settings, examples) -> dict:
+    """What must agree for one run to go on from another's checkpoint: the settings and the training examples."""
+    values = json.loads(json.dumps(asdict(settings), default=str))
+    tokens = json.dumps(examples["input_ids"][:]).encode()
+    return {
+        "settings": values | {"examples_per_step": settings.examples_per_step},
+        "examples": hashlib.sha256(tokens).hexdigest(),
+    }
+
+
+def _differences(there: dict, now: dict) -> list[str]:
+    """In words, what a checkpoint was made with that is not so now."""
+    other_rows = there["examples"] != now["examples"]
+    names = [name for name in now["settings"] if name not in _FREE]
+    names += ["dataset", "dataset_revision", "train_rows", "max_seq_length"] if other_rows else []
+    odd = [
+        f"{name} was {there['settings'].get(name)!r} and is {now['settings'][name]!r}"
+        for name in names
+        if there["settings"].get(name) != now["settings"][name]
+    ]
+    return odd or ["the training examples are others"] * other_rows
+
+
+def _seal(checkpoint: Path, identity: dict):
+    """Marks a checkpoint as finished: the digests of its files and what run it is of, written beside and renamed."""
+    digests = {file.name: _digest(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
+    fresh = checkpoint / f"{CHECKPOINT_FILE}.saving"
+    fresh.write_text(json.dumps(identity | {"files": digests}, indent=1), encoding="utf-8")
+    fresh.replace(checkpoint / CHECKPOINT_FILE)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    try:
+        files = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))["files"]
+        wrong = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
+    except FileNotFoundError as error:
+        return "was not finished" if Path(error.filename).name == CHECKPOINT_FILE else f"lacks {error.filename}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"cannot be read ({error})"
+    return f"is damaged in {', '.join(wrong)}" if wrong else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_over(trainer, checkpoint: Path, settings):
+    """Gives the trainer the weights and the history of a finished run; writes its record if a kill prevented that."""
+    from transformers import TrainerState
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not (settings.output_dir / RECORD_FILE).is_file():
+        _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset))
+
+
+def _reduce_micro_batch(trainer, settings):
+    """Makes the micro-batch smaller after memory ran out and keeps the finished steps in a checkpoint."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    args, state = trainer.args, trainer.state
+    size, lengths = args.per_device_train_batch_size, list(map(len, trainer.train_dataset["input_ids"]))
+    if size == 1:
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        raise MedcotError(
+            f"out of memory with one example at a time: the longest is example {longest} with {lengths[longest]} tokens; "
+            f"set max_seq_length below that to leave it out, or r below {settings.r}"
+        )
+    factor = next(n for n in range(2, size + 1) if size % n == 0)
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = trainer._train_batch_size = size // factor
+    args.gradient_accumulation_steps *= factor
+    note = (
+        f"out of memory after step {state.global_step}: micro-batch {size} to {size // factor}, "
+        f"accumulation {args.gradient_accumulation_steps // factor} to {args.gradient_accumulation_steps}"
+    )
+    print(f"{note}, the same {settings.examples_per_step} examples a step")
+    trainer.model.zero_grad()
+    state.log_history.append({"step": state.global_step, "note": note})
+    checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    if not (checkpoint / CHECKPOINT_FILE).is_file():
+        check_disk(checkpoint, _checkpoint_bytes(trainer.model))
+        trainer._save_checkpoint(trainer.model, trial=None)
+        _seal(checkpoint, _identity(settings, trainer.train_dataset))
+
+
+def _checkpoint_bytes(model) -> int:
+    """At most what a checkpoint takes: the adapters and two moments of them in 32 bits, and the tokenizer."""
+    return 3 * 4 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad) + 32 * 2**20
+
+
+def _skipped(history) -> tuple[int, int]:
+    """Updates skipped in all, and without an applied one since."""
+    steps = [entry["step"] for entry in history if "skipped_update" in entry]
+    in_a_row = sum(steps[-1] - step == len(steps) - 1 - i for i, step in enumerate(steps))
+    return len(steps), in_a_row
+
+
 def _callback(settings):
-    """The callback of a run: the live chart, the end of the wandb run, and `training.json` for the run card."""
+    """The callback of a run: the live chart, checkpoints, when to stop, and `training.json` for the run card."""
     # Defined in here because its base class comes from transformers, which unsloth must be imported before.
+    import psutil
+    import torch
     import wandb
     from tqdm import tqdm
     from transformers import TrainerCallback
 
     class RunCallback(TrainerCallback):
         def __init__(self):
-            self.chart, self.bar, self.started = LossChart(settings), None, None
+            self.chart, self.bar, self.started, self.stop = LossChart(settings), None, None, None
+            self.skipped = self.updating = False
+            # The first process of a container is as old as the session; elsewhere this process stands for it.
+            self.session = psutil.Process(1 if on_kaggle() else None).create_time()
 
-        def on_train_begin(self, args, state, control, **_):
-            self.started = time.monotonic()
+        def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+            self.identity = _identity(settings, train_dataloader.dataset)
+            self.started = time.monotonic() - _seconds(state.log_history)
+            if state.global_step:
+                state.log_history.append(
+                    {"step": state.global_step, "note": f"continued from step {state.global_step}"}
+                )
+            if self.bar is not None:
+                self.bar.close()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
             if wandb.run is not None and not wandb.run.offline:
                 wandb.run.display(height=420)
 
-        def on_step_end(self, args, state, control, **_):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            self.skipped = not torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+            if self.skipped:
+                model.zero_grad()  # without gradients the optimizer changes nothing; the scaler of fp16 skips by itself
+            self.updating = True
+
+        def on_optimizer_step(self, args, state, control, **_):
+            self.updating = False
+
+        def on_step_end(self, args, state, control, model=None, **_):
             self.bar.update(state.global_step - self.bar.n)
+            if self.skipped:
+                state.log_history.append({"step": state.global_step, "skipped_update": True})
+                in_all, in_a_row = _skipped(state.log_history)
+                self.bar.write(f"step {state.global_step}: gradients not finite, update skipped ({in_all} so far)")
+                if in_a_row > MAX_SKIPPED:
+                    raise MedcotError(
+                        f"{in_a_row} updates in a row were skipped because gradients were not finite, the last at step "
+                        f"{state.global_step}: lower learning_rate={settings.learning_rate:g} or look at the rows; the "
+                        f"checkpoints in {args.output_dir} hold the last applied update"
+                    )
+            if settings.session_minutes and time.time() - self.session >= 60 * settings.session_minutes:
+                self.stop = self.stop or f"session_minutes={settings.session_minutes:g} are used"
+            if self.stop and not control.should_training_stop:
+                note = f"stopped at step {state.global_step} ({self.stop})"
+                state.log_history.append({"step": state.global_step, "note": note})
+                control.should_save = control.should_training_stop = True
+            if control.should_save:
+                check_disk(args.output_dir, _checkpoint_bytes(model))
+
+        def on_save(self, args, state, control, **_):
+            if state.is_world_process_zero:
+                _seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
 
         def on_log(self, args, state, control, logs=None, **_):
             if state.is_world_process_zero:
+                state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
                 if "loss" in logs:
                     self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
                 self.chart.draw(state.log_history)
@@ -105,13 +369,17 @@ def _callback(settings):
             self.chart.draw(state.log_history, save=True)
             if wandb.run is not None:
                 wandb.finish()
-            seconds = time.monotonic() - self.started
-            _write_record(settings, args, state, len(train_dataloader.dataset), seconds)
+            _write_record(settings, args, state, len(train_dataloader.dataset))
 
     return RunCallback()
 
 
-def _write_record(settings, args, state, examples, seconds):
+def _seconds(history) -> float:
+    """Time trained, over all sessions, up to the last logged step."""
+    return max((entry["seconds"] for entry in history if "seconds" in entry), default=0.0)
+
+
+def _write_record(settings, args, state, examples):
     import torch
 
     gpu = torch.cuda.is_available()
@@ -121,7 +389,9 @@ def _write_record(settings, args, state, examples, seconds):
         "examples_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": state.global_step,
         "epochs": state.epoch,
-        "seconds": seconds,
+        "seconds": _seconds(state.log_history),
+        "skipped_updates": _skipped(state.log_history)[0],
+        "notes": [entry["note"] for entry in state.log_history if "note" in entry],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
