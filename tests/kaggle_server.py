@@ -11,15 +11,16 @@ class Kernel:
     """What the server knows of one kernel."""
 
     def __init__(self):
-        self.version, self.request, self.polls, self.files, self.fails = 0, {}, 0, {}, False
+        self.version, self.request, self.polls, self.files = 0, {}, 0, {}
+        self.outcome, self.next_outcome, self.lasts = "COMPLETE", "COMPLETE", 2
 
     def status(self):
-        """Queued at the first look, running at the second, then ended."""
+        """Running until it was looked at `lasts` times, then ended."""
         self.polls += 1
-        return ("QUEUED", "RUNNING")[self.polls - 1] if self.polls < 3 else "ERROR" if self.fails else "COMPLETE"
+        return "RUNNING" if self.polls < self.lasts else self.outcome
 
     def active(self):
-        return self.version > 0 and self.polls < 3
+        return self.version > 0 and self.polls < self.lasts
 
 
 class Server:
@@ -30,7 +31,8 @@ class Server:
     """
 
     def __init__(self):
-        self.kernels, self.calls, self.faults, self.most_active, self.downloads = {}, [], {}, 0, []
+        self.kernels, self.calls, self.faults, self.downloads = {}, [], {}, []
+        self.beside = {}  # ref -> the kernels that were running when it was last pushed
         self.cut_files, self.log = {}, json.dumps([{"stream_name": "stdout", "time": 1.0, "data": "line of a log\n"}])
         owner = self
 
@@ -101,12 +103,13 @@ class Server:
         kernel = self.kernel(ref)
         if isinstance(fault, dict) and fault.get("error"):
             return {"ref": "", "url": ""}
-        active = sum(other.active() for other in self.kernels.values())
-        if active >= 2:
+        active = [name for name, other in self.kernels.items() if other.active()]
+        if len(active) >= 2:
             return {"ref": "", "url": "", "error": "Maximum batch GPU session count of 2 reached."}
         kernel.version, kernel.request, kernel.polls = kernel.version + 1, body, 0
+        kernel.outcome, kernel.next_outcome = kernel.next_outcome, "COMPLETE"
         self.calls.append(("pushed", ref))
-        self.most_active = max(self.most_active, active + 1)
+        self.beside[ref] = active
         return {"ref": f"/code/{ref}", "url": f"https://www.kaggle.com/code/{ref}", "versionNumber": kernel.version}
 
     def GetKernel(self, ref, body, fault):

@@ -46,31 +46,37 @@ STOCK = """
 import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-base, adapter, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+base, adapter, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(adapter)
 four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.float32)
 model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.float32)
 model = PeftModel.from_pretrained(model, adapter).eval()
-inputs = tokenizer(prompts, padding=True, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-print("RESULT" + json.dumps(dict(text=tokenizer.decode(tokenizer.encode("chest pain", add_special_tokens=False)),
-      tokens=output[:, inputs["input_ids"].shape[1]:].tolist(), chest=tokenizer.eos_token)))
+short = []
+for prompt, end in texts:
+    start = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([start + end])).logits[0, len(start) - 1 : -1]
+    short += (logits.max(dim=1).values - logits[torch.arange(len(end)), torch.tensor(end)]).tolist()
+print("RESULT" + json.dumps([tokenizer.decode(tokenizer.encode("chest pain", add_special_tokens=False)), short]))
 """
 
 
-def test_stock_peft_in_a_fresh_process_gives_the_same_greedy_tokens(trained):
-    prompts = [format_prompt(question) for question in trained.splits.eval["Question"][:4]]
-    command = [sys.executable, "-c", STOCK, EMBEDDED_MODEL, str(trained.settings.adapter_dir), json.dumps(prompts)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.split("RESULT")[1])
-    assert result["text"] == "chest pain"
-
+def test_stock_peft_in_a_fresh_process_gives_the_same_greedy_answers(trained):
     model, tokenizer = load_model(trained.settings, adapter=trained.settings.adapter_dir)
+    prompts = [format_prompt(question) for question in trained.splits.eval["Question"][:6]]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    assert output[:, inputs["input_ids"].shape[1] :].tolist() == result["tokens"]
+    generated = output[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = [[token for token in row if token != tokenizer.pad_token_id] for row in generated]
+    texts = json.dumps(list(zip(prompts, answers, strict=True)))
+    command = [sys.executable, "-c", STOCK, EMBEDDED_MODEL, str(trained.settings.adapter_dir), texts]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    text, short = json.loads(run.stdout.split("RESULT")[1])
+    assert text == "chest pain" and len(short) > 50
+    # Every token we chose is stock's greedy choice too, but for ties closer than the 4-bit products of the two are.
+    assert max(short) < 0.05 and sum(gap == 0 for gap in short) > 0.97 * len(short)
 
 
 def test_a_reloaded_model_is_the_trained_one(trained):

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from workshop import USER_ERROR, Workshop, until
+from workshop import Workshop, until
 
 from medcot import add_lora, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.settings import PROFILES

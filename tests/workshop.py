@@ -25,7 +25,7 @@ class Workshop:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        while (line := self.process.stdout.readline()) not in ("ready\n", ""):
+        while self.process.stdout.readline() not in ("ready\n", ""):
             pass
 
     def start(self, module, job, log, **arguments):
@@ -67,7 +67,7 @@ def serve():
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the replies
     sys.path.insert(0, str(Path(__file__).parent))
-    from conftest import PROFILES  # noqa: F401, for its environment
+    from conftest import PROFILES
 
     from medcot.modeling import load_model
 

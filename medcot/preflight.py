@@ -1,0 +1,140 @@
+"""Before quota is spent: can this machine run these settings, and how long will it take."""
+
+import shutil
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from . import data
+from .modeling import add_lora, load_model, load_tokenizer
+from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
+from .training import forecast_steps, make_trainer
+
+SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
+DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
+OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
+SESSION_HOURS = 12.0
+
+
+def check_machine(settings) -> list[str]:
+    """What is good to know about this machine, a line each. Raises MedcotError naming everything that rules it out."""
+    wrong, notes = [], []
+    for check in (_gpus, _versions, _disk, _model):
+        check(settings, wrong, notes)
+    if wrong:
+        raise MedcotError("this machine cannot run these settings: " + "; ".join(wrong))
+    return notes
+
+
+def _gpus(settings, wrong, notes):
+    import torch
+
+    if not torch.cuda.is_available():
+        notes.append("no CUDA GPU: runs on the CPU, which suits the profiles tiny and smoke")
+        if settings.device == "cuda":
+            wrong.append("device=cuda and there is no CUDA GPU: choose MEDCOT_PROFILE=tiny or a GPU session")
+        return
+    cards = [
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
+    ]
+    for name, capability in cards:
+        if capability < SMALLEST_CAPABILITY:
+            wrong.append(
+                f"{name} has compute capability {capability[0]}.{capability[1]} and 7.5 is needed: "
+                "choose the accelerator GPU T4 x2 in the session's settings"
+            )
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
+    if len(cards) > settings.nproc_per_node:
+        idle = len(cards) - settings.nproc_per_node
+        notes.append(f"{idle} of {len(cards)} GPUs will stand idle: MEDCOT_PROFILE=kaggle-t4x2 trains on two")
+    if len(cards) < settings.nproc_per_node:
+        wrong.append(
+            f"nproc_per_node={settings.nproc_per_node} and {len(cards)} GPU here: choose MEDCOT_PROFILE=kaggle-t4-fast"
+        )
+
+
+def _versions(settings, wrong, notes):
+    """Everything that unsloth declares and that is installed in a version which it excludes."""
+    from packaging.requirements import Requirement
+
+    for line in requires("unsloth") or []:
+        requirement = Requirement(line)
+        if requirement.name == "certifi" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue  # certifi: declared newer than some registries carry, and nothing needs the newer one
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            continue  # torchvision, xformers and diffusers are declared and not needed here
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found} is excluded by unsloth: pip install '{requirement}'")
+    notes.append(", ".join(f"{name} {version(name)}" for name in ("unsloth", "torch", "transformers", "trl", "peft")))
+
+
+def _disk(settings, wrong, notes):
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    needs = {settings.output_dir: OUTPUT_GIB if settings.model != EMBEDDED_MODEL else 0.1}
+    cached = isinstance(try_to_load_from_cache(settings.model, "config.json"), str)
+    if not Path(settings.model).exists() and not cached:
+        needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, 16.0)
+    for folder, gib in needs.items():
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        notes.append(f"{free:.1f} GiB free in {there}, about {gib:.1f} needed")
+        if free < gib:
+            wrong.append(
+                f"{there} has {free:.1f} GiB free and about {gib:.1f} are needed: free some or set MEDCOT_OUT or HF_HOME"
+            )
+
+
+def _model(settings, wrong, notes):
+    """The model stands in a folder or cache here, or the hub answers."""
+    if Path(settings.model).is_dir():
+        notes.append(f"model in {settings.model}: no network needed")
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(settings.model, "config.json"), str):
+        notes.append(f"model {settings.model} is in the local cache")
+        return
+    try:
+        HfApi().model_info(settings.model, revision=settings.model_revision, timeout=10)
+        notes.append(f"model {settings.model} will be downloaded")
+    except Exception as error:  # httpx, requests, the hub and offline mode all raise their own
+        cure = "switch the internet on in the session's settings" if on_kaggle() else "check the network"
+        wrong.append(
+            f"model {settings.model} is not here and the hub cannot be asked ({type(error).__name__}): {cure}, or set MEDCOT_MODEL to a folder"
+        )
+
+
+def preflight(settings, steps: int = 3) -> dict:
+    """Checks the machine, audits the rows, times `steps` real steps and predicts the whole run; keeps nothing.
+
+    Prints as it goes. Returns {"minutes": of the whole training, "peak_gib": of GPU memory or None}; the same forecast
+    is made by the training run itself from its own first steps and set beside what happened on the run card. Raises
+    MedcotError if the machine cannot run the settings or the run would not fit a 12-hour session.
+    """
+    import tempfile
+
+    for note in check_machine(settings):
+        print(f"  {note}")
+    splits = data.load_splits(settings)
+    print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(settings, output_dir=Path(folder), report_to="none", warmup_steps=0)
+        model, tokenizer = load_model(short)
+        examples = data.to_examples(splits.train, tokenizer, short, show=False)
+        trainer = make_trainer(add_lora(model, short), tokenizer, examples, short)
+        forecast = forecast_steps(trainer, short, steps)
+    memory = (
+        ""
+        if forecast["peak_gib"] is None
+        else f", about {forecast['peak_gib']:.1f} GiB of GPU memory at its longest batch"
+    )
+    print(f"{steps} steps timed: {settings.max_steps} steps will take about {forecast['minutes']:.1f} minutes{memory}")
+    if forecast["minutes"] > 60 * SESSION_HOURS:
+        raise MedcotError(
+            f"{forecast['minutes']:.0f} minutes do not fit a session of {SESSION_HOURS:.0f} hours: lower max_steps={settings.max_steps}"
+        )
+    return forecast
