@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from .settings import NOTICE, MedcotError, load_settings
+from .settings import NOTICE, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
 
@@ -19,16 +19,22 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="run the three notebooks in order and print the comparison").set_defaults(run=demo)
     commands.add_parser("audit", help="look at the training rows before any GPU time is spent").set_defaults(run=audit)
+    commands.add_parser("preflight", help="check this machine, time three steps, predict the run").set_defaults(
+        run=preflight
+    )
+    train = commands.add_parser("train", help="what 02_finetune does; under torchrun on many GPUs")
+    train.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
+    train.set_defaults(run=finetune)
     options = parser.parse_args(arguments)
     try:
-        options.run()
+        options.run(options)
     except MedcotError as error:
         print(f"medcot {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def audit():
+def audit(_):
     """Prints the audit of the training rows; writes nothing."""
     from . import data
     from .modeling import load_tokenizer
@@ -38,7 +44,24 @@ def audit():
     print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
 
 
-def demo():
+def preflight(_):
+    """Checks, audit, three timed steps and a forecast; keeps nothing."""
+    from .preflight import preflight
+
+    preflight(load_settings())
+
+
+def finetune(options):
+    """Trains and saves the adapter, in one process or as one of those that torchrun started."""
+    from .training import run_training
+
+    settings = load_settings() if options.settings is None else read_settings(options.settings)
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the first process speaks for all
+    run_training(settings)
+
+
+def demo(_):
     """Executes the notebooks in order, showing their output as it comes, and keeps them with their outputs."""
     import nbformat
     from nbclient.exceptions import CellExecutionError
@@ -91,3 +114,7 @@ def _client(notebook):
     # Messages travel over files, not over TCP ports.
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
     return Client(notebook, km=manager, timeout=None, resources={"metadata": {"path": os.getcwd()}})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import data
 from .modeling import add_lora, load_model, load_tokenizer
 from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
-from .training import forecast_steps, make_trainer
+from .training import FORECAST_STEPS, make_trainer
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
 DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
@@ -16,14 +16,14 @@ OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
 SESSION_HOURS = 12.0
 
 
-def check_machine(settings) -> list[str]:
-    """What is good to know about this machine, a line each. Raises MedcotError naming everything that rules it out."""
+def check_machine(settings):
+    """Prints what is good to know about this machine. Raises MedcotError naming everything that rules it out."""
     wrong, notes = [], []
     for check in (_gpus, _versions, _disk, _model):
         check(settings, wrong, notes)
+    print("\n".join(notes))
     if wrong:
         raise MedcotError("this machine cannot run these settings: " + "; ".join(wrong))
-    return notes
 
 
 def _gpus(settings, wrong, notes):
@@ -108,33 +108,35 @@ def _model(settings, wrong, notes):
         )
 
 
-def preflight(settings, steps: int = 3) -> dict:
-    """Checks the machine, audits the rows, times `steps` real steps and predicts the whole run; keeps nothing.
+def preflight(settings) -> dict:
+    """Checks the machine, audits the rows, times the first real steps and predicts the whole run; keeps nothing.
 
-    Prints as it goes. Returns {"minutes": of the whole training, "peak_gib": of GPU memory or None}; the same forecast
-    is made by the training run itself from its own first steps and set beside what happened on the run card. Raises
-    MedcotError if the machine cannot run the settings or the run would not fit a 12-hour session.
+    Prints as it goes and returns {"minutes": of training, "peak_gib": of GPU memory or None}. The training run makes the
+    same forecast from its own first steps, and the run card sets it beside what happened. Raises MedcotError if the
+    machine cannot run the settings or the run does not fit a 12-hour session.
     """
     import tempfile
 
-    for note in check_machine(settings):
-        print(f"  {note}")
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step >= FORECAST_STEPS
+
+    check_machine(settings)
     splits = data.load_splits(settings)
     print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
     with tempfile.TemporaryDirectory() as folder:
-        short = replace(settings, output_dir=Path(folder), report_to="none", warmup_steps=0)
-        model, tokenizer = load_model(short)
-        examples = data.to_examples(splits.train, tokenizer, short, show=False)
-        trainer = make_trainer(add_lora(model, short), tokenizer, examples, short)
-        forecast = forecast_steps(trainer, short, steps)
-    memory = (
-        ""
-        if forecast["peak_gib"] is None
-        else f", about {forecast['peak_gib']:.1f} GiB of GPU memory at its longest batch"
-    )
-    print(f"{steps} steps timed: {settings.max_steps} steps will take about {forecast['minutes']:.1f} minutes{memory}")
+        settings = replace(settings, output_dir=Path(folder), report_to="none")
+        model, tokenizer = load_model(settings)
+        examples = data.to_examples(splits.train, tokenizer, settings, show=False)
+        trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
+        trainer.add_callback(Stop())
+        trainer.train()
+        forecast = next(entry["forecast"] for entry in trainer.state.log_history if "forecast" in entry)
     if forecast["minutes"] > 60 * SESSION_HOURS:
         raise MedcotError(
-            f"{forecast['minutes']:.0f} minutes do not fit a session of {SESSION_HOURS:.0f} hours: lower max_steps={settings.max_steps}"
+            f"{forecast['minutes']:.0f} minutes do not fit a session of {SESSION_HOURS:.0f} hours: "
+            f"lower max_steps={settings.max_steps}"
         )
     return forecast

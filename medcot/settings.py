@@ -1,6 +1,7 @@
 """Every number of a run: the settings, the profiles, and where files go."""
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -72,6 +73,8 @@ class Settings:
     """Examples per forward pass."""
     gradient_accumulation_steps: int = 4
     """Forward passes per step: 2 x 4 = 8 examples a step."""
+    nproc_per_node: int = 1
+    """Processes, one a GPU, that torchrun starts for training; each step's examples are divided among them."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     max_steps: int = 60
@@ -160,7 +163,7 @@ class Settings:
     @property
     def examples_per_step(self) -> int:
         """Examples that one optimizer step sees."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.nproc_per_node
 
     @property
     def adapter_dir(self) -> Path:
@@ -170,7 +173,7 @@ class Settings:
 
 _LEAST = {
     "max_seq_length": 128, "train_rows": 1, "eval_rows": 1, "answer_rows": 1, "r": 1, "lora_alpha": 1,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "nproc_per_node": 1, "max_steps": 1, "warmup_steps": 0,
     "logging_steps": 1, "eval_steps": 1, "eval_loss_rows": 1, "save_steps": 1, "seed": 0, "max_new_tokens": 1, "generation_batch_size": 1,
 }  # fmt: skip
 _CHOICES = {
@@ -197,6 +200,8 @@ _TINY = Settings(
 PROFILES = {
     "kaggle-t4": _KAGGLE_T4,
     "kaggle-t4-fast": _KAGGLE_T4_FAST,
+    # Kaggle's T4 session has two cards; 4 x 1 x 2 cards = the same eight examples a step.
+    "kaggle-t4x2": replace(_KAGGLE_T4_FAST, profile="kaggle-t4x2", gradient_accumulation_steps=1, nproc_per_node=2),
     "tiny": _TINY,
     "smoke": replace(
         _TINY, profile="smoke", train_rows=64, eval_rows=12, answer_rows=6, per_device_train_batch_size=4,
@@ -244,6 +249,19 @@ def load_settings() -> Settings:
         f"device {gpu if settings.device == 'cuda' else 'CPU'}, files in {settings.output_dir}"
     )
     return settings
+
+
+def read_settings(file: Path) -> Settings:
+    """The settings that were written to a file as JSON. Raises MedcotError for a file that is not such."""
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Settings(**values | {"target_modules": tuple(values["target_modules"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, MedcotError):
+            raise
+        raise MedcotError(
+            f"{file} holds no settings ({error}): leave --settings out to take them from the environment"
+        ) from error
 
 
 def on_kaggle() -> bool:

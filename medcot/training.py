@@ -1,13 +1,17 @@
 """The trainer: a plain function that returns a stock TRL trainer."""
 
+import collections
 import contextlib
 import gc
 import hashlib
+import io
 import json
 import os
 import platform
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -19,14 +23,16 @@ from .settings import MedcotError, check_disk, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
 RECORD_FILE = "training.json"
+LOG_MARK = "medcot-log "
 CHECKPOINT_FILE = "checkpoint.json"  # written last into a checkpoint: without it the checkpoint is not finished
+FORECAST_STEPS = 3  # steps after which a run says how long it will take
 MAX_SKIPPED = 10  # updates skipped in a row before training stops; in fp16 the first one to three are usual
 # A checkpoint may be continued whatever these say: they do not change what a step computes. The data's own fields are
 # not compared because the examples made of them are.
 _FREE = (
     "profile", "dataset", "dataset_config", "dataset_revision", "train_rows", "eval_rows", "answer_rows",
     "max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps",
+    "nproc_per_node", "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps",
     "session_minutes", "max_new_tokens", "generation_batch_size", "temperature", "report_to", "wandb_project",
     "output_dir", "earlier_output",
 )  # fmt: skip
@@ -76,6 +82,8 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         fp16=settings.device == "cuda",
         bf16=False,
         use_cpu=settings.device == "cpu",
+        ddp_backend="gloo" if settings.device == "cpu" and "LOCAL_RANK" in os.environ else None,
+        ddp_find_unused_parameters=False,
         gradient_checkpointing=settings.gradient_checkpointing,
         padding_free=settings.padding_free,
         report_to=settings.report_to,
@@ -92,6 +100,7 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     for weight in trainer.model.parameters():
         if weight.requires_grad:  # TRL makes them bfloat16 on a CPU; a checkpoint comes back as float32
             weight.data = weight.data.float()
+    _run_callback(trainer).trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
 
@@ -110,7 +119,7 @@ def train(trainer, settings):
     from transformers.integrations import WandbCallback
 
     folder = settings.output_dir / "checkpoints"
-    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RunCallback")
+    callback = _run_callback(trainer)
     callback.stop = None
     for tracker in trainer.callback_handler.callbacks:
         if isinstance(tracker, WandbCallback) and wandb.run is None:
@@ -138,6 +147,10 @@ def train(trainer, settings):
             f"stopped at step {trainer.state.global_step} of {settings.max_steps} ({callback.stop}). Continue with this "
             f"notebook, run again: it goes on from {folder}; in a new session attach this one's output first"
         )
+
+
+def _run_callback(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RunCallback")
 
 
 @contextlib.contextmanager
@@ -304,6 +317,7 @@ def _callback(settings):
         def __init__(self):
             self.chart, self.bar, self.started, self.stop = LossChart(settings), None, None, None
             self.skipped = self.updating = False
+            self.trainer, self.step_seconds, self.memory_before = None, [], 0
             # The first process of a container is as old as the session; elsewhere this process stands for it.
             self.session = psutil.Process(1 if on_kaggle() else None).create_time()
 
@@ -314,11 +328,24 @@ def _callback(settings):
                 state.log_history.append(
                     {"step": state.global_step, "note": f"continued from step {state.global_step}"}
                 )
+            self.step_seconds, self.memory_before = (
+                [],
+                torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
+            )
             if self.bar is not None:
                 self.bar.close()
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                desc="training",
+                disable=not state.is_world_process_zero,
+            )
             if wandb.run is not None and not wandb.run.offline:
                 wandb.run.display(height=420)
+
+        def on_step_begin(self, args, state, control, **_):
+            self.step_started = time.monotonic()
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
             gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
@@ -332,6 +359,11 @@ def _callback(settings):
 
         def on_step_end(self, args, state, control, model=None, **_):
             self.bar.update(state.global_step - self.bar.n)
+            if self.step_seconds is not None:
+                self.step_seconds.append(time.monotonic() - self.step_started)
+                if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
+                    state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
+                    self.bar.write(_in_words(state.log_history[-1]["forecast"], settings))
             if self.skipped:
                 state.log_history.append({"step": state.global_step, "skipped_update": True})
                 in_all, in_a_row = _skipped(state.log_history)
@@ -358,6 +390,8 @@ def _callback(settings):
         def on_log(self, args, state, control, logs=None, **_):
             if state.is_world_process_zero:
                 state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
+                if args.world_size > 1:  # read by train_on_all_gpus, which draws the chart in the notebook
+                    self.bar.write(LOG_MARK + json.dumps(state.log_history[-1]), file=sys.stdout)
                 if "loss" in logs:
                     self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
                 self.chart.draw(state.log_history)
@@ -372,6 +406,90 @@ def _callback(settings):
             _write_record(settings, args, state, len(train_dataloader.dataset))
 
     return RunCallback()
+
+
+def forecast(callback, args, state) -> dict:
+    """What the first steps say of the whole run: {"minutes": of training, "peak_gib": of GPU memory or None}.
+
+    Seconds a token are taken from the steps after the first, which compiles; the tokens of every step to come are known,
+    since the order of the rows is. Memory grows in proportion to the widest micro-batch above what the model itself takes.
+    """
+    import torch
+
+    lengths = list(map(len, callback.trainer.train_dataset["input_ids"]))
+    batches = [[lengths[i] for i in batch] for batch in callback.trainer.get_train_dataloader().batch_sampler]
+    widths = [sum(batch) if args.padding_free else len(batch) * max(batch) for batch in batches]
+    steps = [
+        sum(widths[i : i + args.gradient_accumulation_steps])
+        for i in range(0, len(widths), args.gradient_accumulation_steps)
+    ]
+    seconds, start = callback.step_seconds, state.global_step - FORECAST_STEPS
+    place = [(start + i) % len(steps) for i in range(FORECAST_STEPS)]
+    rate = sum(seconds[1:]) / sum(steps[i] for i in place[1:])
+    to_come = sum(steps[i % len(steps)] for i in range(state.global_step, state.max_steps))
+    peak = None
+    if torch.cuda.is_available():
+        seen = max(
+            max(widths[i * args.gradient_accumulation_steps :][: args.gradient_accumulation_steps]) for i in place
+        )
+        before, most = callback.memory_before, torch.cuda.max_memory_allocated()
+        peak = (before + (most - before) * max(widths) / seen) / 2**30
+    return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak}
+
+
+def _in_words(found: dict, settings) -> str:
+    memory = "" if found["peak_gib"] is None else f" and {found['peak_gib']:.1f} GiB of GPU memory at the widest batch"
+    return f"forecast from the first {FORECAST_STEPS} steps: {settings.max_steps} steps take about {found['minutes']:.1f} minutes{memory}"
+
+
+def run_training(settings):
+    """The steps of 02_finetune in one call, for the command line and for each process that torchrun starts."""
+    from . import data
+    from .modeling import add_lora, load_model, save_adapter
+
+    splits = data.load_splits(settings)
+    model, tokenizer = load_model(settings)
+    examples = data.to_examples(splits.train, tokenizer, settings, show=False)
+    held_out = data.to_examples(splits.eval.select(range(settings.eval_loss_rows)), tokenizer, settings, show=False)
+    trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings, held_out)
+    train(trainer, settings)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
+
+
+def train_on_all_gpus(settings):
+    """Trains with `nproc_per_node` processes, one a GPU, started by torchrun; does nothing where that is 1.
+
+    Shows their progress and the live chart while they run and leaves the files of a run on one GPU, so that `train`
+    finds it done. Raises MedcotError, with the last lines that were printed, if any of the processes fails.
+    """
+    if settings.nproc_per_node == 1:
+        print("training runs in this notebook, below")
+        return
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    file = settings.output_dir / "settings.json"
+    file.write_text(json.dumps(asdict(settings), default=str, indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc_per_node}",
+               "-m", "medcot.cli", "train", "--settings", str(file)]  # fmt: skip
+    chart, history, last = LossChart(settings), [], collections.deque(maxlen=30)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            # newline="" keeps the carriage returns, with which progress bars stay on their line
+            for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+                if LOG_MARK in line:
+                    history.append(json.loads(line.partition(LOG_MARK)[2]))
+                    chart.draw(history)
+                else:
+                    print(line, end="", flush=True)
+                    last.append(line)
+        except KeyboardInterrupt:  # each rank stops after its step; the first one leaves a checkpoint
+            process.send_signal(signal.SIGINT)
+            raise
+    if process.returncode:
+        raise MedcotError(
+            f"training on {settings.nproc_per_node} GPUs failed with status {process.returncode}; the last lines:\n"
+            + "".join(last)
+        )
 
 
 def _seconds(history) -> float:
@@ -391,6 +509,7 @@ def _write_record(settings, args, state, examples):
         "epochs": state.epoch,
         "seconds": _seconds(state.log_history),
         "skipped_updates": _skipped(state.log_history)[0],
+        "forecast": next((entry["forecast"] for entry in state.log_history if "forecast" in entry), None),
         "notes": [entry["note"] for entry in state.log_history if "note" in entry],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
