@@ -84,7 +84,6 @@ def demo(_):
         finally:
             nbformat.write(notebook, folder / f"{name}.ipynb")
     print(f"\n=== done in {(time.monotonic() - started) / 60:.1f} minutes ===")
-    print((settings.output_dir / "RUN.md").read_text(encoding="utf-8"))
     for what, path in (
         ("notebooks with their outputs", folder),
         ("figures", settings.output_dir / "figures"),

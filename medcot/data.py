@@ -255,9 +255,9 @@ def _encode(row, tokenizer) -> dict:
     starts with.
     """
     question, reasoning, response = row
-    prompt = tokenizer(format_prompt(question))["input_ids"]
+    prompt = tokenizer(format_prompt(question), verbose=False)["input_ids"]
     completion = format_completion(reasoning, response, tokenizer.eos_token)
-    completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    completion = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
 
 

@@ -75,8 +75,8 @@ def _disk(settings, wrong, notes):
     from huggingface_hub import constants, try_to_load_from_cache
 
     needs = {settings.output_dir: OUTPUT_GIB if settings.model != EMBEDDED_MODEL else 0.1}
-    cached = isinstance(try_to_load_from_cache(settings.model, "config.json"), str)
-    if not Path(settings.model).exists() and not cached:
+    here = Path(settings.model).is_dir() or isinstance(try_to_load_from_cache(settings.model, "config.json"), str)
+    if not here:
         needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, 16.0)
     for folder, gib in needs.items():
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
