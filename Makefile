@@ -25,7 +25,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 
 # Resolves requirements.lock anew; needs uv (https://docs.astral.sh/uv/).
 lock:
-	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-header --no-annotate \
+	uv pip compile pyproject.toml --extra test --quiet --universal --python-version 3.11 --no-header --no-annotate \
 	  --no-emit-package torch -o requirements.lock
 	sed -i -E '/^(nvidia-|cuda-|triton|#)|sys_platform == .never./d' requirements.lock
 

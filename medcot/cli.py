@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import kaggle
 from .settings import NOTICE, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="what 02_finetune does; under torchrun on many GPUs")
     train.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
     train.set_defaults(run=finetune)
+    kaggle.add_commands(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .prompts import THINK_CLOSE, THINK_OPEN, format_completion, format_prompt
-from .settings import EMBEDDED_CASES, MedcotError
+from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -77,7 +77,7 @@ def _embedded_cases(settings):
 
     return (
         datasets.Dataset.from_list(training_cases(settings.train_rows, seed=settings.seed)),
-        datasets.Dataset.from_list(held_out_cases(settings.eval_rows, seed=settings.seed)),
+        datasets.Dataset.from_list(held_out_cases(settings.eval_rows, seed=HELD_OUT_SEED)),
     )
 
 

@@ -1,5 +1,6 @@
 """On Kaggle and home again, without Kaggle: the unmodified client against a loopback server, and the staged notebooks run."""
 
+import argparse
 import base64
 import email
 import importlib.metadata
@@ -150,6 +151,7 @@ REJECTED = {
     "cycle": (put("kernels.0.takes", {"medcot-03-compare": ["answers"]}), "wait for each other: a cycle"),
     "wrong order": (put("kernels.0.takes", {"medcot-02-finetune": ["adapter"]}), "comes after it"),
     "missing link": (put("kernels.2.takes", {"medcot-04-other": ["answers"]}), "'medcot-04-other', which is no kernel"),
+    "input no text": (put("kernels.2.takes", {"medcot-01-baseline": [{}]}), "list some of answers"),
     "unknown input": (put("kernels.2.takes", {"medcot-01-baseline": ["weights"]}), "list some of answers"),
     "same slug twice": (put("kernels.1.slug", "medcot-01-baseline"), "the slug 'medcot-01-baseline' is used twice"),
     "same notebook twice": (put("kernels.1.notebook", "notebooks/01_baseline.ipynb"), "'01_baseline' is used twice"),
@@ -231,7 +233,6 @@ def test_push_goes_in_order_waits_and_is_done_once(tree, server, capsys):
     request = server.kernels[REFS[2]].request
     assert request["kernelDataSources"] == REFS[:2]
     assert request["isPrivate"] is True and request["machineShape"] == "NvidiaTeslaT4" and request["newTitle"]
-    assert request["sessionTimeoutSeconds"] == 2 * 3600
     printed = capsys.readouterr().out
     assert f"https://www.kaggle.com/code/{REFS[0]} (private" in printed
     assert "expected use of the weekly GPU quota: about 1.75 hours; 2.5 of 30 hours are used" in printed
@@ -303,9 +304,9 @@ def test_a_broken_connection_neither_loses_nor_doubles_a_push(tree, server, faul
 
 def test_a_slow_server_is_given_up_and_asked_what_it_did(tree, server, monkeypatch):
     change(tree, only_first)
-    monkeypatch.setattr(kaggle, "PUSH_SECONDS", 1.2)
-    server.faults["SaveKernel"] = [2.0]
-    monkeypatch.setattr(kaggle, "PAUSES", (1.5, 1.5))
+    monkeypatch.setattr(kaggle, "PUSH_SECONDS", 2.5)
+    server.faults["SaveKernel"] = [3.5]
+    monkeypatch.setattr(kaggle, "PAUSES", (2.0, 2.0))
     quick(tree)
     assert server.pushes() == REFS[:1]
 
@@ -479,14 +480,19 @@ def test_pull_keeps_the_log_of_a_failed_session_and_takes_nothing_else(tree, ser
 
 
 def test_the_command_line_knows_the_four_actions(monkeypatch):
-    import argparse
-
-    parser = argparse.ArgumentParser()
+    called, parser = [], argparse.ArgumentParser()
+    for action in ("stage", "push", "status", "pull"):
+        double = partial(lambda action, **options: called.append((action, options)), action)
+        double.__name__ = action
+        monkeypatch.setattr(kaggle, action, double)
     kaggle.add_commands(parser.add_subparsers(dest="command"))
-    options = parser.parse_args(["kaggle", "push", "--owner", "anna", "--yes"])
-    assert (options.run, options.owner, options.yes) == (kaggle.push, "anna", True)
-    for action in (kaggle.stage, kaggle.status, kaggle.pull):
-        assert parser.parse_args(["kaggle", action.__name__]).run is action
+    for arguments in ("stage", "push --owner anna --yes", "push", "status", "pull --owner anna"):
+        options = parser.parse_args(["kaggle", *arguments.split()])
+        options.run(options)
+    assert called == [
+        ("stage", {"owner": None}), ("push", {"owner": "anna", "yes": True}), ("push", {"owner": None, "yes": False}),
+        ("status", {"owner": None}), ("pull", {"owner": "anna"}),
+    ]  # fmt: skip
 
 
 # --- inside Kaggle: what a session finds -----------------------------------------------------------------------------
@@ -741,11 +747,12 @@ def sessions(image, index, tmp_path_factory):
         change(clone, put("defaults.enable_internet", internet))
         staged[layout] = kaggle.stage(clone, "anna")
 
-    def environment(layout, root):
+    def environment(layout, number, root):
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
         closed = "http://127.0.0.1:9"
         home = root.parent / "home"
-        scratch = folder / f"tmp-{layout}"  # one for all sessions of a layout, as /tmp is everywhere on Kaggle
+        # Its path is the same for 01 and 03, as that of /tmp is; 02 runs beside 01 and on Kaggle has a /tmp of its own.
+        scratch = folder / f"tmp-{layout}{'-02' if number == 1 else ''}"
         for path in (home, scratch):
             path.mkdir(parents=True, exist_ok=True)
         return kept | {
@@ -767,7 +774,7 @@ def sessions(image, index, tmp_path_factory):
                 shutil.copyfile(wheel, data / "wheels" / wheel.name)
         for slug, working in results:
             shutil.copytree(working, mount(root, layout, "notebooks", slug))
-        process = start(root.parent, kernel, own, root, environment(layout, root))
+        process = start(root.parent, kernel, own, root, environment(layout, number, root))
         return SimpleNamespace(kernel=kernel, root=root, working=root / "working", venv=own.venv, process=process)
 
     done = {("old", 0): begin("old", 0), ("new", 1): begin("new", 1)}
