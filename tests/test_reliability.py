@@ -1,21 +1,32 @@
 """Faults, put in through the operating system, and what is still there afterwards."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import filelock
+import nbformat
+import psutil
 import pytest
-from workshop import Workshop, until
+from conftest import REPOSITORY
+from jupyter_client import KernelManager
+from nbclient import NotebookClient
+from workshop import USER_ERROR, Workshop, until
 
-from medcot import add_lora, load_splits, make_trainer, save_adapter, to_examples, train
+from medcot import add_lora, generate_answers, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.settings import PROFILES
 
-STEPS = 16
+STEPS = 20
 RUN = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
 
 
@@ -89,9 +100,9 @@ def test_ten_kills_at_random_moments_change_no_loss(do, whole, tmp_path):
         before = {path.name for path in checkpoints(out)}
 
         def kill(pid, before=before):
-            # From the moment that a new checkpoint is begun on: within it, while it is sealed, in the steps after it.
+            # From the moment that a new checkpoint is begun on: within it, while it is sealed, in the step after it.
             assert until(lambda: {path.name for path in checkpoints(out)} - before)
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.8) * record(whole)["seconds"] / STEPS)
             os.kill(pid, signal.SIGKILL)
 
         status, output = do("job_train", kill, out=out)
@@ -146,8 +157,8 @@ def test_a_finished_run_is_taken_over_and_its_adapter_is_the_same(do, whole, tmp
     assert (out / "DeepSeek-R1-Medical-COT" / weights).read_bytes() == (checkpoints(whole)[-1] / weights).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "checkpoint.json"])
-@pytest.mark.parametrize("fault", ["cut off", "one bit", "gone"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("fault", ["cut off", "one bit", "gone", "no seal", "half a seal"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys, name, fault):
     from medcot.training import last_checkpoint
 
@@ -156,15 +167,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_pat
     file = newest / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    if fault == "gone":
+    if fault == "no seal":
+        (newest / "checkpoint.json").unlink()
+    elif fault == "half a seal":
+        os.truncate(newest / "checkpoint.json", 500)
+    elif fault == "gone":
         file.unlink()
     else:
         file.write_bytes(content if fault == "one bit" else content[:-20])
     settings = replace(PROFILES["smoke"], output_dir=out, **RUN)
     examples = {"input_ids": json.loads((whole / "examples.json").read_text())}
-    if (name, fault) != ("checkpoint.json", "one bit"):
-        assert last_checkpoint(settings, examples) == older
-        assert f"{newest} " in capsys.readouterr().out and not newest.exists()
+    assert last_checkpoint(settings, examples) == older
+    assert f"{newest} " in capsys.readouterr().out and not newest.exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(do, whole, tmp_path):
@@ -180,8 +194,6 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(do, whole, tmp_path):
 
 
 def test_two_processes_in_one_folder_are_refused(do, whole, tmp_path, workshop):
-    import filelock
-
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     with filelock.FileLock(out / "checkpoints" / ".lock"):
         status, output = do("job_train", out=out)
@@ -298,8 +310,6 @@ def test_too_many_skipped_updates_stop_the_run_with_a_good_checkpoint(do, tmp_pa
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 MiB."""
-    import subprocess
-
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
@@ -327,8 +337,6 @@ def test_a_nearly_full_disk_is_refused_before_the_save(do, whole, small_disk):
 
 def job_save_twice(loaded, out, die_at):
     """Saves an adapter, changes it, saves it again and is killed before its `die_at`-th change of a name."""
-    import sys
-
     settings = replace(PROFILES["smoke"], output_dir=out)
     model, tokenizer = loaded
     model = add_lora(model, settings)
@@ -367,3 +375,116 @@ def test_a_save_killed_at_any_change_of_a_name_leaves_an_adapter_that_loads(do, 
     loaded = [line.split()[1] for line in output.splitlines() if line.startswith("LOADED")]
     assert status == 0 and len(loaded) == len(outs), output
     assert len(set(loaded)) == 2  # the adapter before or the one after, never anything between
+
+
+def job_answer(loaded, out):
+    settings = replace(PROFILES["smoke"], output_dir=out, answer_rows=12, generation_batch_size=1)
+    generate_answers(*loaded, load_splits(settings).eval, settings)
+
+
+def answers(out):
+    """The lines of the one answers file, without times."""
+    (path,) = (Path(out) / "answers").glob("baseline-*.jsonl")
+    return [{k: v for k, v in json.loads(line).items() if k != "batch_seconds"} for line in path.open()]
+
+
+def test_killed_generation_keeps_its_answers_and_goes_on(do, tmp_path):
+    status, output = do("job_answer", out=tmp_path / "whole")
+    assert status == 0, output
+    out = tmp_path / "out"
+
+    def kill(pid):
+        assert until(lambda: any(path.read_bytes().count(b"\n") > 4 for path in out.glob("answers/*.jsonl")))
+        os.kill(pid, signal.SIGKILL)
+
+    status, output = do("job_answer", kill, out=out)
+    assert status == -signal.SIGKILL, output
+    (path,) = (out / "answers").glob("*.jsonl")
+    kept = path.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    with path.open("ab") as file:
+        file.write(b'{"row": 3, "compl')  # as a kill within a write leaves it
+    status, output = do("job_answer", out=out)
+    assert status == 0, output
+    assert path.read_bytes().startswith(kept) and answers(out) == answers(tmp_path / "whole")
+
+
+def test_two_processes_that_answer_in_one_folder_are_refused(do, tmp_path):
+    (tmp_path / "out" / "answers").mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "out" / "answers" / ".lock"):
+        status, output = do("job_answer", out=tmp_path / "out")
+    assert status == USER_ERROR and "another process is writing to" in output
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_the_stop_button_of_a_notebook_leaves_a_checkpoint_and_runs_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    monkeypatch.setenv("MEDCOT_OUT", str(tmp_path))
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "02_finetune.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("settings = load_settings()"))
+    cell.source += "\nfrom dataclasses import replace\nsettings = replace(settings, save_steps=1, max_steps=90)"
+    manager = KernelManager(kernel_name="python3", transport="ipc")
+    client = NotebookClient(notebook, km=manager, timeout=120)
+
+    def press():
+        if until(lambda: checkpoints(tmp_path)):
+            os.kill(manager.provisioner.pid, signal.SIGINT)  # what the button sends
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    client.execute()
+    presser.join()
+    assert record(tmp_path)["steps"] < 90 and "(interrupted)" in record(tmp_path)["notes"][0]
+    assert checkpoints(tmp_path)[-1].name == f"checkpoint-{record(tmp_path)['steps']}"
+    assert (tmp_path / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
+
+
+PLANTED = {
+    "WANDB_API_KEY": "aaaa1111bbbb2222cccc3333dddd4444eeee5555",
+    "HF_TOKEN": "hf_PlantedTokenForTheTestOfSecrets123",
+    "KAGGLE_KEY": "0123planted4567planted89abplantedcd",
+}
+
+
+def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
+    environment = os.environ | PLANTED | {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # a key, and nobody to give it to
+    environment |= {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path / "out"), "HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    environment.pop("WANDB_MODE", None)
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from medcot.cli import main; import sys; sys.exit(main(['demo']))"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    listening, watch = set(), psutil.Process(run.pid)
+
+    def look():
+        with contextlib.suppress(psutil.Error):
+            for process in (watch, *watch.children(recursive=True)):
+                found = (c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+                listening.update(f"{process.name()} {c.laddr}" for c in found if not c.laddr.ip.startswith("127."))
+        return run.poll() is not None
+
+    output = []
+    reader = threading.Thread(target=lambda: output.extend(run.stdout))
+    reader.start()
+    assert until(look, 300)
+    reader.join()
+    assert run.returncode == 0, "".join(output)[-3000:]
+    assert not listening
+    files = [path for path in (tmp_path / "out", tmp_path / "home") for path in path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"02_finetune.ipynb", "training.json", "RUN.md", "adapter_config.json"}
+    for text in ["".join(output).encode(), *(path.read_bytes() for path in files)]:
+        assert not [name for name, key in PLANTED.items() if key.encode() in text]
+
+
+def test_telemetry_is_off_before_unsloth_is_imported(do, tmp_path):
+    status, output = do("job_environment")
+    assert status == 0 and output.split()[-5:] == ["1", "1", "1", "false", "false"]
+
+
+def job_environment(loaded):
+    from medcot.tracking import configure_wandb
+
+    configure_wandb(replace(PROFILES["smoke"], report_to="none", output_dir="/tmp"))
+    names = "UNSLOTH_DISABLE_STATISTICS HF_HUB_DISABLE_TELEMETRY DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"
+    print(*(os.environ[name] for name in names.split()))
