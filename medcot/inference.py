@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from .modeling import for_inference, weights_id
 from .prompts import format_prompt, parse_completion
-from .settings import NOTICE, MedcotError
+from .settings import NOTICE, MedcotError, check_disk, only_process
 
 BASELINE, FINETUNED = "baseline", "finetuned"
 
@@ -69,15 +70,18 @@ def generate_answers(model, tokenizer, rows, settings) -> Answers:
     """
     rows = rows.select(range(min(settings.answer_rows, len(rows))))
     header, path = _cache(weights_id(model), rows, settings)
-    done = _read(path, header)
     prompts = [tokenizer(format_prompt(question))["input_ids"] for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
     size = settings.generation_batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
-    todo = [batch for batch in batches if not done.keys() >= set(batch)]
-    if todo:
-        _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
+    with only_process(path.parent):
+        done = _read(path, header)
+        # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
+        todo = [batch for batch in batches if not done.keys() >= set(batch)]
+        if todo:
+            check_disk(path, 16 * 2**20)
+            _cut_torn_line(path)
+            _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
     return _answers(path, rows, done)
 
 
@@ -138,12 +142,10 @@ def _answers(path, rows, done) -> Answers:
 
 
 def _read(path: Path, header: dict) -> dict[int, dict]:
-    """The kept answers by row index; empty without a file. A torn last line, left by a kill, is cut off."""
+    """The kept answers by row index; empty without a file. A torn last line, left by a kill, does not count."""
     if not path.is_file():
         return {}
     lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        path.write_bytes(b"\n".join(lines[:-1]) + b"\n")
     kept = []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -157,6 +159,11 @@ def _read(path: Path, header: dict) -> dict[int, dict]:
     if kept[0] != header:
         raise MedcotError(f"{path}, line 1: differs in {_difference(path, header)}: delete the file to start again")
     return {answer["row"]: answer for answer in kept[1:]}
+
+
+def _cut_torn_line(path: Path):
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done):

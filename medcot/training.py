@@ -141,7 +141,7 @@ def train(trainer, settings):
                 if not should_reduce_batch_size(error) or callback.updating or trainer.args.world_size > 1:
                     raise
             # Out of the except block, so that the failed step's tensors are gone.
-            _reduce_micro_batch(trainer, settings)
+            _reduce_micro_batch(trainer, settings, callback)
     if trainer.state.global_step < settings.max_steps:
         print(
             f"stopped at step {trainer.state.global_step} of {settings.max_steps} ({callback.stop}). Continue with this "
@@ -260,36 +260,37 @@ def _take_over(trainer, checkpoint: Path, settings):
         _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset))
 
 
-def _reduce_micro_batch(trainer, settings):
-    """Makes the micro-batch smaller after memory ran out and keeps the finished steps in a checkpoint."""
+def _reduce_micro_batch(trainer, settings, callback):
+    """Keeps the finished steps in a checkpoint after memory ran out, and makes the micro-batch smaller."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    args, state = trainer.args, trainer.state
-    size, lengths = args.per_device_train_batch_size, list(map(len, trainer.train_dataset["input_ids"]))
+    trainer.model.zero_grad()
+    args, step, size = trainer.args, trainer.state.global_step, trainer.args.per_device_train_batch_size
+    if size > 1:
+        factor = next(n for n in range(2, size + 1) if size % n == 0)
+        args.per_device_train_batch_size = args.per_device_eval_batch_size = trainer._train_batch_size = size // factor
+        args.gradient_accumulation_steps *= factor
+        note = (
+            f"out of memory after step {step}: micro-batch {size} to {size // factor}, accumulation "
+            f"{args.gradient_accumulation_steps // factor} to {args.gradient_accumulation_steps}"
+        )
+        callback.notes.append(note)
+        print(f"{note}, the same {settings.examples_per_step} examples a step")
+    checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+    if step and not (checkpoint / CHECKPOINT_FILE).is_file():
+        check_disk(checkpoint, _checkpoint_bytes(trainer.model))
+        trainer._save_checkpoint(trainer.model, trial=None)
+        _seal(checkpoint, _identity(settings, trainer.train_dataset))
     if size == 1:
+        lengths = list(map(len, trainer.train_dataset["input_ids"]))
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         raise MedcotError(
             f"out of memory with one example at a time: the longest is example {longest} with {lengths[longest]} tokens; "
             f"set max_seq_length below that to leave it out, or r below {settings.r}"
         )
-    factor = next(n for n in range(2, size + 1) if size % n == 0)
-    args.per_device_train_batch_size = args.per_device_eval_batch_size = trainer._train_batch_size = size // factor
-    args.gradient_accumulation_steps *= factor
-    note = (
-        f"out of memory after step {state.global_step}: micro-batch {size} to {size // factor}, "
-        f"accumulation {args.gradient_accumulation_steps // factor} to {args.gradient_accumulation_steps}"
-    )
-    print(f"{note}, the same {settings.examples_per_step} examples a step")
-    trainer.model.zero_grad()
-    state.log_history.append({"step": state.global_step, "note": note})
-    checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    if not (checkpoint / CHECKPOINT_FILE).is_file():
-        check_disk(checkpoint, _checkpoint_bytes(trainer.model))
-        trainer._save_checkpoint(trainer.model, trial=None)
-        _seal(checkpoint, _identity(settings, trainer.train_dataset))
 
 
 def _checkpoint_bytes(model) -> int:
@@ -317,6 +318,7 @@ def _callback(settings):
         def __init__(self):
             self.chart, self.bar, self.started, self.stop = LossChart(settings), None, None, None
             self.skipped = self.updating = False
+            self.notes = []  # for the history, which the next start of training may begin anew
             self.trainer, self.step_seconds, self.memory_before = None, [], 0
             # The first process of a container is as old as the session; elsewhere this process stands for it.
             self.session = psutil.Process(1 if on_kaggle() else None).create_time()
@@ -324,10 +326,9 @@ def _callback(settings):
         def on_train_begin(self, args, state, control, train_dataloader=None, **_):
             self.identity = _identity(settings, train_dataloader.dataset)
             self.started = time.monotonic() - _seconds(state.log_history)
-            if state.global_step:
-                state.log_history.append(
-                    {"step": state.global_step, "note": f"continued from step {state.global_step}"}
-                )
+            notes = self.notes + [f"continued from step {state.global_step}"] * bool(state.global_step)
+            state.log_history += [{"step": state.global_step, "note": note} for note in notes]
+            self.notes = []
             self.step_seconds, self.memory_before = (
                 [],
                 torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,

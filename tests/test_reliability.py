@@ -1,21 +1,32 @@
 """Faults, put in through the operating system, and what is still there afterwards."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import filelock
+import nbformat
+import psutil
 import pytest
-from workshop import Workshop, until
+from conftest import REPOSITORY
+from jupyter_client import KernelManager
+from nbclient import NotebookClient
+from workshop import USER_ERROR, Workshop, until
 
-from medcot import add_lora, load_splits, make_trainer, save_adapter, to_examples, train
+from medcot import add_lora, generate_answers, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.settings import PROFILES
 
-STEPS = 16
+STEPS = 20
 RUN = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
 
 
@@ -48,6 +59,7 @@ def job_train(loaded, out, fault=None, adapter=False, **changes):
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
     if fault:
         globals()[f"fault_{fault}"](trainer)
+    (settings.output_dir / "examples.json").write_text(json.dumps(trainer.train_dataset["input_ids"][:]))
     train(trainer, settings)
     if adapter:
         save_adapter(trainer.model, tokenizer, settings)
@@ -88,9 +100,9 @@ def test_ten_kills_at_random_moments_change_no_loss(do, whole, tmp_path):
         before = {path.name for path in checkpoints(out)}
 
         def kill(pid, before=before):
-            # From the moment that a new checkpoint is begun on: within it, while it is sealed, in the steps after it.
+            # From the moment that a new checkpoint is begun on: within it, while it is sealed, in the step after it.
             assert until(lambda: {path.name for path in checkpoints(out)} - before)
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.8) * record(whole)["seconds"] / STEPS)
             os.kill(pid, signal.SIGKILL)
 
         status, output = do("job_train", kill, out=out)
@@ -101,3 +113,378 @@ def test_ten_kills_at_random_moments_change_no_loss(do, whole, tmp_path):
     assert interrupted  # at least one kill fell into a save
     same_run(out, whole)
     assert len(checkpoints(out)) == 2 and "continued from step" in record(out)["notes"][0]
+
+
+def stopped(do, out, **changes):
+    """A run that its session's end stops after a step or more."""
+    status, output = do("job_train", out=out, **({"session_minutes": 0.015} | changes))
+    assert status == 0, output
+    return output
+
+
+def test_the_end_of_the_session_stops_cleanly_and_the_next_one_goes_on(do, whole, tmp_path):
+    out = tmp_path / "out"
+    output = stopped(do, out, adapter=True)
+    steps = record(out)["steps"]
+    assert 0 < steps < STEPS and checkpoints(out)[-1].name == f"checkpoint-{steps}"
+    assert f"stopped at step {steps} of {STEPS} (session_minutes=0.015 are used). Continue with this notebook" in output
+    assert record(out)["notes"] == [f"stopped at step {steps} (session_minutes=0.015 are used)"]
+    assert (out / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
+    seconds = record(out)["seconds"]
+    status, output = do("job_train", out=out)
+    assert status == 0 and f"going on from {checkpoints(out)[0].parent}/checkpoint-{steps}" in output
+    same_run(out, whole)
+    assert record(out)["notes"][-1] == f"continued from step {steps}" and record(out)["seconds"] > seconds
+
+
+def test_an_attached_earlier_output_is_continued_and_left_as_it_is(do, whole, tmp_path):
+    attached, out = tmp_path / "input" / "notebooks" / "anna" / "finetune", tmp_path / "out"
+    stopped(do, attached)
+    before = {path: path.stat().st_mtime_ns for path in attached.rglob("*")}
+    status, output = do("job_train", out=out, earlier_output=tmp_path / "input")
+    assert status == 0 and f"going on from {attached}" in output, output
+    assert {path: path.stat().st_mtime_ns for path in attached.rglob("*")} == before
+    same_run(out, whole)
+
+
+def test_a_finished_run_is_taken_over_and_its_adapter_is_the_same(do, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (out / "training.json").unlink()  # as after a kill between the last checkpoint and the record
+    status, output = do("job_train", out=out, adapter=True)
+    assert status == 0 and "already trained" in output and "to train anew" in output
+    assert record(out)["steps"] == STEPS and losses(out) == losses(whole)
+    weights = "adapter_model.safetensors"
+    assert (out / "DeepSeek-R1-Medical-COT" / weights).read_bytes() == (checkpoints(whole)[-1] / weights).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("fault", ["cut off", "one bit", "gone", "no seal", "half a seal"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys, name, fault):
+    from medcot.training import last_checkpoint
+
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    older, newest = checkpoints(out)
+    file = newest / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if fault == "no seal":
+        (newest / "checkpoint.json").unlink()
+    elif fault == "half a seal":
+        os.truncate(newest / "checkpoint.json", 500)
+    elif fault == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if fault == "one bit" else content[:-20])
+    settings = replace(PROFILES["smoke"], output_dir=out, **RUN)
+    examples = {"input_ids": json.loads((whole / "examples.json").read_text())}
+    assert last_checkpoint(settings, examples) == older
+    assert f"{newest} " in capsys.readouterr().out and not newest.exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name(do, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    before = sorted(out.rglob("*"))
+    status, output = do("job_train", out=out, learning_rate=1e-3, r=8)
+    assert status == USER_ERROR and sorted(out.rglob("*")) == before
+    assert "of another run: r was 16 and is 8, learning_rate was 0.002 and is 0.001. Set that back" in output
+    status, output = do("job_train", out=out, train_rows=39)
+    assert status == USER_ERROR and "of another run: train_rows was 40 and is 39" in output
+    status, output = do("job_train", out=out, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert status == 0 and "already trained" in output  # the same examples a step
+
+
+def test_two_processes_in_one_folder_are_refused(do, whole, tmp_path, workshop):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    with filelock.FileLock(out / "checkpoints" / ".lock"):
+        status, output = do("job_train", out=out)
+    assert status == USER_ERROR and "another process is writing to" in output and "MEDCOT_OUT" in output
+
+
+def test_an_interrupt_stops_after_the_step_with_a_checkpoint(do, whole, tmp_path):
+    out = tmp_path / "out"
+
+    def interrupt(pid):
+        assert until(lambda: checkpoints(out))
+        os.kill(pid, signal.SIGINT)
+
+    status, output = do("job_train", interrupt, out=out)
+    steps = record(out)["steps"]
+    assert status == 0 and steps < STEPS and f"stopped at step {steps} of {STEPS} (interrupted)" in output, output
+    assert "stopping after this step, with a checkpoint" in output
+    status, output = do("job_train", out=out)
+    assert status == 0, output
+    same_run(out, whole)
+
+
+def long_rows(folder):
+    """A data file of which every row is some 1,000 tokens long, the longest being row 10."""
+    path = Path(folder) / "long.jsonl"
+    texts = [" ".join(f"step {i} {j} adds {i * j % 10}" for j in range(80)) for i in range(60)]
+    rows = [{"Question": f"Which {i}?", "Complex_CoT": text, "Response": "So."} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def fault_memory(trainer):
+    """From here on the process gets only so much more address space."""
+    import resource
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = now + int(os.environ["ROOM_MIB"]) * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def job_train_in(loaded, mib, **arguments):
+    os.environ["ROOM_MIB"] = str(mib)
+    job_train(loaded, fault="memory", **arguments)
+
+
+LONG = {"eval_rows": 8, "answer_rows": 4, "max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-4}
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(do, tmp_path):
+    rows = {"dataset": long_rows(tmp_path)} | LONG
+    status, output = do("job_train", out=tmp_path / "ample", **rows)
+    assert status == 0, output
+    for mib in (800, 500, 350, 250):  # what four rows take differs between machines; two take about half of it
+        out = tmp_path / str(mib)
+        status, output = do("job_train_in", out=out, mib=mib, **rows)
+        assert status == 0, output
+        if record(out)["notes"]:
+            break
+    note = "out of memory after step 0: micro-batch 4 to 2, accumulation 1 to 2"
+    assert f"{note}, the same 4 examples a step" in output and record(out)["notes"][0] == note
+    assert record(out)["examples_per_step"] == 4
+    for (step, loss), (same, expected) in zip(losses(out), losses(tmp_path / "ample"), strict=True):
+        assert step == same and loss == pytest.approx(expected, abs=2e-3)
+
+
+def test_out_of_memory_at_one_example_names_the_longest(do, tmp_path):
+    status, output = do("job_train_in", out=tmp_path / "out", mib=30, dataset=long_rows(tmp_path), **LONG)
+    assert status == USER_ERROR and "micro-batch 2 to 1, accumulation 2 to 4" in output
+    assert "out of memory with one example at a time: the longest is example 10 with" in output
+    assert "set max_seq_length below that" in output
+
+
+def poison(trainer, steps):
+    """Makes the hidden states, and with them loss and gradients, NaN in these steps."""
+
+    def after(module, inputs, output):
+        return output * float("nan") if trainer.state.global_step + 1 in steps and module.training else output
+
+    next(m for n, m in trainer.model.named_modules() if n.endswith("model.norm")).register_forward_hook(after)
+
+
+def fault_nan_twice(trainer):
+    poison(trainer, (3, 4))
+
+
+def fault_nan_from_3(trainer):
+    poison(trainer, range(3, 99))
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(do, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    status, output = do("job_train", out=out, fault="nan_twice", max_steps=5, save_steps=1)
+    assert status == 0 and "step 4: gradients not finite, update skipped (2 so far)" in output, output
+    assert record(out)["skipped_updates"] == 2
+    fourth, fifth = (load_file(path / "adapter_model.safetensors") for path in checkpoints(out))
+    assert all(weight.isfinite().all() for weight in fifth.values())
+    assert any((fourth[name] != weight).any() for name, weight in fifth.items())
+
+
+def test_too_many_skipped_updates_stop_the_run_with_a_good_checkpoint(do, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    status, output = do("job_train", out=out, fault="nan_from_3")
+    assert status == USER_ERROR and "11 updates in a row were skipped" in output and "lower learning_rate=" in output
+    weights = [load_file(path / "adapter_model.safetensors") for path in checkpoints(out)]
+    assert len(weights) == 2 and all(weight.isfinite().all() for weight in weights[-1].values())
+    status, output = do("job_train", out=out)  # without the fault it goes on
+    assert status == 0 and "going on from" in output, output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_nearly_full_disk_is_refused_before_the_save(do, whole, small_disk):
+    out = small_disk / "out"
+    stopped(do, out, adapter=True)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 20 * 2**20))
+    status, output = do("job_train", out=out)
+    assert status == USER_ERROR, output
+    assert "has 20 MiB free and the next save needs 3" in output and "so it was not begun: delete what" in output
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    filler.unlink()
+    status, output = do("job_train", out=out)
+    assert status == 0, output
+    same_run(out, whole)
+
+
+def job_save_twice(loaded, out, die_at):
+    """Saves an adapter, changes it, saves it again and is killed before its `die_at`-th change of a name."""
+    settings = replace(PROFILES["smoke"], output_dir=out)
+    model, tokenizer = loaded
+    model = add_lora(model, settings)
+    save_adapter(model, tokenizer, settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 1
+    changes = count(1)
+
+    def hook(event, arguments):
+        if event in ("os.rename", "os.remove", "os.rmdir") and next(changes) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save_adapter(model, tokenizer, settings)
+
+
+def job_load(loaded, outs):
+    from medcot.modeling import load_model, weights_id
+
+    for out in outs:
+        settings = replace(PROFILES["smoke"], output_dir=out)
+        print("LOADED", weights_id(load_model(settings, adapter=settings.adapter_dir)[0]))
+
+
+def test_a_save_killed_at_any_change_of_a_name_leaves_an_adapter_that_loads(do, tmp_path):
+    outs = []
+    for die_at in range(1, 40):
+        outs.append(tmp_path / str(die_at))
+        status, output = do("job_save_twice", out=outs[-1], die_at=die_at)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, output
+    assert status == 0 and len(outs) > 4
+    status, output = do("job_load", outs=outs)
+    loaded = [line.split()[1] for line in output.splitlines() if line.startswith("LOADED")]
+    assert status == 0 and len(loaded) == len(outs), output
+    assert len(set(loaded)) == 2  # the adapter before or the one after, never anything between
+
+
+def job_answer(loaded, out):
+    settings = replace(PROFILES["smoke"], output_dir=out, answer_rows=12, generation_batch_size=1)
+    generate_answers(*loaded, load_splits(settings).eval, settings)
+
+
+def answers(out):
+    """The lines of the one answers file, without times."""
+    (path,) = (Path(out) / "answers").glob("baseline-*.jsonl")
+    return [{k: v for k, v in json.loads(line).items() if k != "batch_seconds"} for line in path.open()]
+
+
+def test_killed_generation_keeps_its_answers_and_goes_on(do, tmp_path):
+    status, output = do("job_answer", out=tmp_path / "whole")
+    assert status == 0, output
+    out = tmp_path / "out"
+
+    def kill(pid):
+        assert until(lambda: any(path.read_bytes().count(b"\n") > 4 for path in out.glob("answers/*.jsonl")))
+        os.kill(pid, signal.SIGKILL)
+
+    status, output = do("job_answer", kill, out=out)
+    assert status == -signal.SIGKILL, output
+    (path,) = (out / "answers").glob("*.jsonl")
+    kept = path.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    with path.open("ab") as file:
+        file.write(b'{"row": 3, "compl')  # as a kill within a write leaves it
+    status, output = do("job_answer", out=out)
+    assert status == 0, output
+    assert path.read_bytes().startswith(kept) and answers(out) == answers(tmp_path / "whole")
+
+
+def test_two_processes_that_answer_in_one_folder_are_refused(do, tmp_path):
+    (tmp_path / "out" / "answers").mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "out" / "answers" / ".lock"):
+        status, output = do("job_answer", out=tmp_path / "out")
+    assert status == USER_ERROR and "another process is writing to" in output
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_the_stop_button_of_a_notebook_leaves_a_checkpoint_and_runs_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    monkeypatch.setenv("MEDCOT_OUT", str(tmp_path))
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "02_finetune.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("settings = load_settings()"))
+    cell.source += "\nfrom dataclasses import replace\nsettings = replace(settings, save_steps=1, max_steps=90)"
+    manager = KernelManager(kernel_name="python3", transport="ipc")
+    client = NotebookClient(notebook, km=manager, timeout=120)
+
+    def press():
+        if until(lambda: checkpoints(tmp_path)):
+            os.kill(manager.provisioner.pid, signal.SIGINT)  # what the button sends
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    client.execute()
+    presser.join()
+    assert record(tmp_path)["steps"] < 90 and "(interrupted)" in record(tmp_path)["notes"][0]
+    assert checkpoints(tmp_path)[-1].name == f"checkpoint-{record(tmp_path)['steps']}"
+    assert (tmp_path / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
+
+
+PLANTED = {
+    "WANDB_API_KEY": "aaaa1111bbbb2222cccc3333dddd4444eeee5555",
+    "HF_TOKEN": "hf_PlantedTokenForTheTestOfSecrets123",
+    "KAGGLE_KEY": "0123planted4567planted89abplantedcd",
+}
+
+
+def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
+    environment = os.environ | PLANTED | {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # a key, and nobody to give it to
+    environment |= {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path / "out"), "HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    environment.pop("WANDB_MODE", None)
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from medcot.cli import main; import sys; sys.exit(main(['demo']))"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    listening, watch = set(), psutil.Process(run.pid)
+
+    def look():
+        with contextlib.suppress(psutil.Error):
+            for process in (watch, *watch.children(recursive=True)):
+                found = (c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+                listening.update(f"{process.name()} {c.laddr}" for c in found if not c.laddr.ip.startswith("127."))
+        return run.poll() is not None
+
+    output = []
+    reader = threading.Thread(target=lambda: output.extend(run.stdout))
+    reader.start()
+    assert until(look, 300)
+    reader.join()
+    assert run.returncode == 0, "".join(output)[-3000:]
+    assert not listening
+    files = [path for path in (tmp_path / "out", tmp_path / "home") for path in path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"02_finetune.ipynb", "training.json", "RUN.md", "adapter_config.json"}
+    for text in ["".join(output).encode(), *(path.read_bytes() for path in files)]:
+        assert not [name for name, key in PLANTED.items() if key.encode() in text]
+
+
+def test_telemetry_is_off_before_unsloth_is_imported(do, tmp_path):
+    status, output = do("job_environment")
+    assert status == 0 and output.split()[-5:] == ["1", "1", "1", "false", "false"]
+
+
+def job_environment(loaded):
+    from medcot.tracking import configure_wandb
+
+    configure_wandb(replace(PROFILES["smoke"], report_to="none", output_dir="/tmp"))
+    names = "UNSLOTH_DISABLE_STATISTICS HF_HUB_DISABLE_TELEMETRY DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"
+    print(*(os.environ[name] for name in names.split()))

@@ -25,8 +25,7 @@ class Workshop:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        while self.process.stdout.readline() not in ("ready\n", ""):
-            pass
+        assert self.process.stdout.readline() == "ready\n"
 
     def start(self, module, job, log, **arguments):
         """Forks a child for a job; its output goes to the file `log`."""
@@ -67,6 +66,7 @@ def serve():
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the replies
     sys.path.insert(0, str(Path(__file__).parent))
+    import matplotlib.figure  # noqa: F401, now, while there is memory to load it
     from conftest import PROFILES
 
     from medcot.modeling import load_model
