@@ -329,7 +329,7 @@ class Measure:
     interval: str = ""
     """How the interval was made."""
     unit: str = "%"
-    """What before, after and the interval are in; "%" holds shares from 0 to 1."""
+    """What before, after and the interval are in: "%" (shares from 0 to 1), "nats" (per token) or "tokens"."""
     better: str = "higher"
     """ "higher", "lower" or "neither"."""
     detectable: float | None = None
@@ -364,24 +364,32 @@ class Measure:
 
     @property
     def sentence(self) -> str:
-        """The verdict in one plain sentence, with the interval, the test and, if nothing was seen, what could have been."""
-        unit = "points" if self.unit == "%" else self.unit
-        size = f"{self._show(self.difference, '+')} {unit}"
-        sure = f"95 % interval {self._show(self.low, '+')} to {self._show(self.high, '+')}; {self.test}, p {_p(self.p_value)}"
-        if self.fixed is not None:
-            sure += f"; {self.fixed} fixed, {self.broken} broken"
-        if self.verdict != UNCHANGED:
-            return f"{self.name}: {self.verdict} by {size.lstrip('+-')} ({sure})."
+        """The verdict in one plain sentence: how much, how sure, by which test, and if nothing was seen what could have been."""
+        verdict = self.verdict.replace("higher", f"more {self.unit}").replace("lower", f"fewer {self.unit}")
+        levels = [self._level(side) for side in ("before", "after")]
+        size = f"{self._show(self.difference, '+')} {'points' if self.unit == '%' else self.unit}"
+        interval = f"({self._show(self.low, '+')} to {self._show(self.high, '+')})"
+        changed = f", {self.fixed} fixed, {self.broken} broken" if self.fixed is not None else ""
+        text = f"{self.name}: {verdict}, {levels[0]} before, {levels[1]} after, {size} {interval}; {self.test} p {_p(self.p_value)}"
+        return f"{text}{changed}{self._could() if self.verdict == UNCHANGED else ''}."
+
+    def _level(self, side) -> str:
+        interval, value = getattr(self, f"{side}_interval"), self._show(getattr(self, side))
+        if interval is None:
+            return value
+        return f"{value} % ({self._show(interval[0])} to {self._show(interval[1])})"
+
+    def _could(self) -> str:
         if self.detectable is None:
-            could = f"n = {self.n} could not have shown any difference"
-        else:
-            could = f"n = {self.n} would have shown a difference of {self._show(self.detectable)} {unit} in 4 of 5 runs"
-        return f"{self.name}: {UNCHANGED}, {size} ({sure}); {could}."
+            return f"; n = {self.n} could not have shown any difference"
+        if not self.detectable:
+            return "; no row differs"
+        unit = "points" if self.unit == "%" else self.unit
+        return f"; n = {self.n} would have shown {self._show(self.detectable)} {unit} or more in 4 of 5 runs"
 
     def _show(self, value, sign="") -> str:
-        if self.unit == "%":
-            return f"{100 * value:{sign}.1f}"
-        return f"{value:{sign}.4f}" if self.unit.startswith("nats") else f"{value:{sign}.1f}"
+        scale, digits = (100, 1) if self.unit == "%" else (1, 3) if self.unit == "nats" else (1, 1)
+        return f"{scale * value:{sign}.{digits}f}"
 
 
 def _p(value: float) -> str:
@@ -406,7 +414,7 @@ def paired_proportions(name: str, before, after, **fields) -> Measure:
     difference = numpy.concatenate([after.astype(float) - before, [1.0, -1.0]])
     low, high = DescrStatsW(difference).zconfint_mean(1 - LEVEL)
     return Measure(
-        name, n, float(before.mean()), float(after.mean()), float(low), float(high),
+        name, n, float(before.mean()), float(after.mean()), max(float(low), -1.0), min(float(high), 1.0),
         p_value=float(mcnemar(table, exact=True).pvalue) if fixed + broken else 1.0,
         test="exact McNemar", interval="Bonett-Price",
         before_interval=tuple(map(float, proportion_confint(before.sum(), n, 1 - LEVEL, "wilson"))),
@@ -534,12 +542,12 @@ class Comparison:
         return tuple(row for row in first if row is not None)
 
     def __str__(self):
-        lines = [f"{'measure':<30}{'n':>5}{'before':>8}{'after':>8}{'difference [95 %]':>23}  verdict"]
+        lines = [f"{'measure':<30}{'n':>4}{'before':>7}{'after':>7}{'difference [95 %]':>26}  verdict"]
         for m in self.measures:
-            scale, digits = (100, 1) if m.unit == "%" else (1, 3) if m.unit.startswith("nats") else (1, 1)
-            interval = f"{scale * m.difference:+.{digits}f} [{scale * m.low:+.{digits}f}, {scale * m.high:+.{digits}f}]"
-            before, after = f"{scale * m.before:.{digits}f}", f"{scale * m.after:.{digits}f}"
-            lines.append(f"{m.name[:29]:<30}{m.n:>5}{before:>8}{after:>8}{interval:>23}  {m.verdict}")
+            interval = f"{m._show(m.difference, '+')} [{m._show(m.low, '+')}, {m._show(m.high, '+')}]"
+            lines.append(
+                f"{m.name[:29]:<30}{m.n:>4}{m._show(m.before):>7}{m._show(m.after):>7}{interval:>26}  {m.verdict}"
+            )
         lines += ["", *self.verdicts.splitlines()]
         return "\n".join(lines)
 
@@ -552,9 +560,10 @@ class Comparison:
             for line in textwrap.wrap(f"- {m.sentence}", 98, subsequent_indent="  ", break_on_hyphens=False)
         ]
         note = (
-            "Percentages are shares of questions, differences are in points. "
-            f"Each verdict is wrong in at most 5 % of runs where nothing changed; with {len(self.measures)} of them, up "
-            f"to {len(self.measures) * 0.05:.1f} would be."
+            "In brackets 95 % intervals: of shares Wilson's, of their differences Bonett and Price's, of differences of means "
+            "a paired bootstrap over rows (BCa). nats: negative log-likelihood per token, lower is better. Each verdict is "
+            f"wrong in at most 5 % of runs where nothing changed; of these {len(self.measures)}, "
+            f"{len(self.measures) * (1 - LEVEL):.1f} may be."
         )
         if self.left_out:
             note += f" {self.left_out} questions are left out because they stand in the training rows."
@@ -701,7 +710,7 @@ def _likelihood(name, before, after, kept, group="all") -> Measure:
     old, new = (
         [-side.items[i][0][0] / count for i, count in zip(rows, tokens, strict=True)] for side in (before, after)
     )
-    return paired_means(name, old, new, tokens, unit="nats per token", better="lower", group=group)
+    return paired_means(name, old, new, tokens, unit="nats", better="lower", group=group)
 
 
 def _chosen(before, after, questions, kept, per_byte: bool = False) -> list[dict]:

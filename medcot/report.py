@@ -38,8 +38,8 @@ def plot_comparison(comparison, settings):
     """
     from matplotlib.figure import Figure
 
-    shown = [m for m in comparison.measures if m.group != "family" and m.unit in ("%", "nats per token")]
-    panels = [[m for m in shown if m.unit == unit][::-1] for unit in ("%", "nats per token")]
+    shown = [m for m in comparison.measures if m.group != "family" and m.unit in ("%", "nats")]
+    panels = [[m for m in shown if m.unit == unit][::-1] for unit in ("%", "nats")]
     panels = [measures for measures in panels if measures]
     figure = Figure(figsize=(9, 1 + sum(0.9 + 0.3 * len(measures) for measures in panels)), layout="constrained")
     grid = figure.subplots(
@@ -236,7 +236,7 @@ def write_comparison(comparison, settings, splits, questions=None) -> Path:
     - `leaks`: `checked`, `exact` and `near` (evaluation question, training question, similarity from 95 to 100), and
       `left_out`, how many evaluation questions that removed; null if nothing was checked.
     - `measures`: a list; each has `name`, `group` ("all", "family", "chat"), `n` pairs, `unit` ("%": shares from 0 to 1;
-      "nats per token"; "tokens"), `better` ("higher", "lower", "neither"), `before`, `after`, `difference` (after -
+      "nats", per token; "tokens"), `better` ("higher", "lower", "neither"), `before`, `after`, `difference` (after -
       before) with its interval `low` to `high` made by `interval`, `p_value` of `test`, `verdict`, `sentence`;
       `before_interval`, `after_interval` (Wilson), `fixed`, `broken` for shares, else null; `detectable`, the smallest
       difference that n would have shown, null if none.
