@@ -174,8 +174,7 @@ def check_leaks(splits, questions: Questions | None = None) -> Leaks:
         if key in training:
             continue
         found = process.extractOne(key, training.keys(), scorer=fuzz.ratio, score_cutoff=NEAR)
-        # Where the numbers differ it is another case with another answer, however alike the words are.
-        if found and re.findall(r"\d+", found[0]) == re.findall(r"\d+", key):
+        if found:
             near.append((question, training[found[0]], found[1]))
     return Leaks(len(asked), exact, tuple(near))
 
@@ -512,7 +511,7 @@ class Comparison:
     """The showcase question in the form of `rows`, with `training_row`; empty where it was not asked."""
     leaks: Leaks | None = None
     left_out: int = 0
-    """Evaluation questions left out because they leaked into training."""
+    """Evaluation questions left out because they stand in the training rows."""
     sources: dict = field(default_factory=dict)
     """Which cache file each number came from."""
 
