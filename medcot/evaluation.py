@@ -422,8 +422,8 @@ def paired_proportions(name: str, before, after, **fields) -> Measure:
     )  # fmt: skip
 
 
-def mcnemar_power(n: int, discordant: float, difference: float) -> float:
-    """Chance that the exact McNemar test over n pairs gives p < 0.05, by summation over the number of discordant pairs.
+def mcnemar_power(n: int, discordant: float, difference: float, alpha: float = 1 - LEVEL) -> float:
+    """Chance that the exact McNemar test over n pairs gives p < `alpha`, by summation over the number of discordant pairs.
 
     `discordant` is the share of pairs that change, in either direction, and `difference` the share fixed minus the
     share broken (the unconditional power of Miettinen 1968, Biometrics 24:339-352).
@@ -432,14 +432,14 @@ def mcnemar_power(n: int, discordant: float, difference: float) -> float:
     from scipy.stats import binom
 
     changed = numpy.arange(n + 1)
-    most = binom.ppf((1 - LEVEL) / 2, changed, 0.5)  # the most of one kind at which the two-sided test still rejects
-    most = numpy.where(binom.cdf(most, changed, 0.5) > (1 - LEVEL) / 2, most - 1, most)
+    most = binom.ppf(alpha / 2, changed, 0.5)  # the most of one kind at which the two-sided test still rejects
+    most = numpy.where(binom.cdf(most, changed, 0.5) > alpha / 2, most - 1, most)
     share_fixed = (discordant + difference) / (2 * discordant)
     reject = binom.cdf(most, changed, share_fixed) + binom.sf(changed - most - 1, changed, share_fixed)
     return float((binom.pmf(changed, n, discordant) * reject).sum())
 
 
-def smallest_difference(n: int, discordant: float) -> float | None:
+def smallest_difference(n: int, discordant: float, alpha: float = 1 - LEVEL) -> float | None:
     """Smallest share fixed minus share broken that exact McNemar over n pairs shows in 80 % of runs; None if none.
 
     With `discordant` pairs changing as were seen here, or as many as the difference itself needs.
@@ -447,7 +447,7 @@ def smallest_difference(n: int, discordant: float) -> float | None:
     from scipy.optimize import brentq
 
     def lacking(difference):
-        return mcnemar_power(n, max(discordant, difference), difference) - POWER
+        return mcnemar_power(n, max(discordant, difference), difference, alpha) - POWER
 
     return float(brentq(lacking, 1e-9, 1.0, xtol=1e-4)) if lacking(1.0) > 0 else None
 
@@ -560,9 +560,9 @@ class Comparison:
         ]
         note = (
             "In brackets 95 % intervals: of shares Wilson's, of their differences Bonett and Price's, of differences of means "
-            "a paired bootstrap over rows (BCa). nats: negative log-likelihood per token, lower is better. Each verdict is "
-            f"wrong in at most 5 % of runs where nothing changed; of these {len(self.measures)}, "
-            f"{len(self.measures) * (1 - LEVEL):.1f} may be."
+            "a paired bootstrap over rows (BCa), each by itself; p-values of families are Holm's, over all of them. nats: "
+            "negative log-likelihood per token, lower is better. Each verdict is "
+            "wrong in at most 5 % of runs where nothing changed."
         )
         if self.left_out:
             note += f" {self.left_out} questions are left out because they stand in the training rows."
@@ -757,8 +757,14 @@ def _generated(rows) -> list[Measure]:
             )
             for name in families
         ]
-        # Eight families would raise a false alarm in a third of all runs: Holm's step-down keeps all of them at 5 %.
+        # Eight families would raise a false alarm in a third of all runs: Holm's step-down keeps all of them at 5 %. Its
+        # first step tests at 5 % / number of families, which is what the smallest difference has to reach.
         adjusted = multipletests([m.p_value for m in each], alpha=1 - LEVEL, method="holm")[1]
-        test = f"exact McNemar, Holm over {len(each)}"
-        measures += [replace(m, p_value=float(p), test=test) for m, p in zip(each, adjusted, strict=True)]
+        test, alpha = f"exact McNemar, Holm over {len(each)},", (1 - LEVEL) / len(each)
+        measures += [
+            replace(
+                m, p_value=float(p), test=test, detectable=smallest_difference(m.n, (m.fixed + m.broken) / m.n, alpha)
+            )
+            for m, p in zip(each, adjusted, strict=True)
+        ]
     return measures

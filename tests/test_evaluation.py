@@ -396,7 +396,7 @@ def test_families_are_held_to_five_per_cent_together():
     comparison = compare(answers([WRONG] * 7 + [RIGHT] * 7), answers([RIGHT] * 14), rows)
     alone = paired_proportions("x", [False] * 7, [True] * 7).p_value
     one = named(comparison, "right answer, one")
-    assert one.p_value == pytest.approx(2 * alone) and one.test == "exact McNemar, Holm over 2"
+    assert one.p_value == pytest.approx(2 * alone) and one.test == "exact McNemar, Holm over 2,"
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------
