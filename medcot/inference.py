@@ -1,17 +1,20 @@
-"""Answers: batched generation, each kept on disk as soon as it is there."""
+"""Answers and likelihoods: batched, each kept on disk as soon as it is there."""
 
 import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .data import SHOWCASE_QUESTION, normalise
 from .modeling import for_inference, weights_id
-from .prompts import format_prompt, parse_completion
-from .settings import NOTICE, MedcotError, check_disk, only_process
+from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
+from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, only_process
 
 BASELINE, FINETUNED = "baseline", "finetuned"
+# What the data set's Response to the showcase question says, for runs whose rows do not hold it.
+SHOWCASE_REFERENCE = "Normal post-void residual volume and no involuntary detrusor contractions (stress incontinence)."
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,17 @@ def generate_answers(model, tokenizer, rows, settings) -> Answers:
     folder, so that a second call goes on where the first one stopped. The file's name holds a hash of what made it
     (weights, settings, questions), so that answers made with anything else are never taken up.
     """
-    rows = rows.select(range(min(settings.answer_rows, len(rows))))
-    header, path = _cache(weights_id(model), rows, settings)
+    return _answer_all(model, tokenizer, rows.select(range(min(settings.answer_rows, len(rows)))), settings, "answers")
+
+
+def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
+    header, path = _cache(weights_id(model), rows, settings, folder)
     prompts = [tokenizer(format_prompt(question))["input_ids"] for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
     size = settings.generation_batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     with only_process(path.parent):
-        done = _read(path, header)
+        done = _read(path, header, len(rows), _ANSWER_KEYS)
         # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
         todo = [batch for batch in batches if not done.keys() >= set(batch)]
         if todo:
@@ -106,13 +112,13 @@ def load_baseline(settings, rows) -> Answers:
         others = sorted(path.parent.glob(f"{BASELINE}-*.jsonl"), key=lambda file: file.stat().st_mtime)
         found = f"; {others[-1].name} there differs in {_difference(others[-1], header)}" if others else ""
         raise MedcotError(f"{path} not found{found}: {cure}")
-    done = _read(path, header)
+    done = _read(path, header, len(rows), _ANSWER_KEYS, finished=True)
     if len(done) < len(rows):
         raise MedcotError(f"{path} holds {len(done)} of {len(rows)} answers: {cure}, to its end")
     return _answers(path, rows, done)
 
 
-def _cache(weights: str, rows, settings) -> tuple[dict, Path]:
+def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict, Path]:
     """What identifies a set of answers, and the file that keeps them."""
     names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size temperature"
     header = {"answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
@@ -120,7 +126,7 @@ def _cache(weights: str, rows, settings) -> tuple[dict, Path]:
     header |= {"seed": settings.seed} if settings.temperature else {}
     header["questions"] = hashlib.sha256("\0".join(rows["Question"]).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    return header, settings.output_dir / "answers" / f"{header['answers']}-{digest[:8]}.jsonl"
+    return header, settings.output_dir / folder / f"{header['answers']}-{digest[:8]}.jsonl"
 
 
 def _difference(path: Path, header: dict) -> str:
@@ -141,24 +147,37 @@ def _answers(path, rows, done) -> Answers:
     return Answers(path.stem.partition("-")[0], path, items)
 
 
-def _read(path: Path, header: dict) -> dict[int, dict]:
-    """The kept answers by row index; empty without a file. A torn last line, left by a kill, does not count."""
+_ANSWER_KEYS = {"row": int, "completion": str, "new_tokens": int, "eos_token": str}
+_SCORE_KEYS = {"row": int, "log_likelihood": list, "tokens": list}
+
+
+def _read(path: Path, header: dict, rows: int, keys: dict, finished: bool = False) -> dict[int, dict]:
+    """The kept entries by row index; empty without a file. A torn last line, left by a kill, does not count.
+
+    Raises MedcotError naming file and line for anything else that is not one entry of `keys` about one of `rows` rows,
+    and leaves the file as it is; in a file that should be `finished` a torn last line is such a thing too.
+    """
     if not path.is_file():
         return {}
-    lines = path.read_bytes().split(b"\n")
+    lines, cure = path.read_bytes().split(b"\n"), "delete the file to start again"
+    if lines[-1] and finished:
+        raise MedcotError(f"{path}, line {len(lines)}: cut off in the middle: run the notebook that writes it again")
     kept = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             kept.append(json.loads(line))
         except ValueError as error:
-            raise MedcotError(
-                f"{path}, line {number}: not a JSON object ({error}): delete the file to start again"
-            ) from error
-    if not kept:
-        return {}
-    if kept[0] != header:
-        raise MedcotError(f"{path}, line 1: differs in {_difference(path, header)}: delete the file to start again")
-    return {answer["row"]: answer for answer in kept[1:]}
+            raise MedcotError(f"{path}, line {number}: not a JSON object ({error}): {cure}") from error
+        if number == 1 and kept[0] != header:
+            raise MedcotError(f"{path}, line 1: differs in {_difference(path, header)}: {cure}")
+        if number > 1:
+            entry = kept[-1] if isinstance(kept[-1], dict) else {}
+            wrong = [key for key, kind in keys.items() if not isinstance(entry.get(key), kind)]
+            if wrong:
+                raise MedcotError(f"{path}, line {number}: lacks {', '.join(wrong)}: {cure}")
+            if entry["row"] not in range(rows):
+                raise MedcotError(f"{path}, line {number}: is about row {entry['row']} of {rows}: {cure}")
+    return {entry["row"]: entry for entry in kept[1:]}
 
 
 def _cut_torn_line(path: Path):
@@ -202,3 +221,317 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
                 file.write(json.dumps(done[i], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
+
+
+# --- likelihood --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods of given texts under one model, and the file they stand in."""
+
+    name: str
+    path: Path
+    items: dict
+    """By row index, one pair a row: log-likelihood of each text in nats, and its length in tokens."""
+
+    def __len__(self):
+        return len(self.items)
+
+    def __str__(self):
+        return f"{self.name}: {len(self)} rows scored, in {self.path}"
+
+
+def score_references(model, tokenizer, rows, settings, chat: bool = False) -> Scores:
+    """Log-likelihood of each row's reasoning and response, EOS included, given its prompt.
+
+    The prompt is `format_prompt`, or with `chat` the tokenizer's own chat template; the text after it is the same. Rows
+    longer than `max_seq_length` tokens are left out, counted in a printed line.
+    """
+    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    items, over_long = {}, 0
+    for i, row in enumerate(rows):
+        completion = format_completion(row["Complex_CoT"], row["Response"], tokenizer.eos_token)
+        item = (encode(make(row["Question"]), bos=not chat), [encode(completion)])
+        if len(item[0]) + len(item[1][0]) > settings.max_seq_length:
+            over_long += 1
+        else:
+            items[i] = item
+    if over_long:
+        print(f"{over_long} of {len(rows)} rows are longer than {settings.max_seq_length} tokens and are not scored")
+    return _score_all(
+        model, tokenizer, items, settings, "references through the chat template" if chat else "references"
+    )
+
+
+def score_choices(model, tokenizer, questions, settings, chat: bool = False) -> Scores:
+    """Log-likelihood of each option's text as the answer, zero-shot and without reasoning.
+
+    The prompt is the question with its options listed (`list_options`) in `format_prompt`, or with `chat` in the
+    tokenizer's own chat template, followed by an empty reasoning; the options follow it one by one, and the prompt is
+    computed once for all of them. `questions`: rows with `question` and `choices`.
+    """
+    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    items = {}
+    for i, row in enumerate(questions):
+        # The empty reasoning of format_completion, up to where the response starts.
+        prompt = make(list_options(row["question"], row["choices"])) + format_completion("", "", "")
+        items[i] = (encode(prompt, bos=not chat), [encode(escape(choice)) for choice in row["choices"]])
+        length = len(items[i][0]) + sum(map(len, items[i][1]))
+        if length > settings.max_seq_length or not all(items[i][1]):
+            raise MedcotError(
+                f"multiple-choice question {i} ({row['question'][:60]!r}) takes {length} tokens with its options, the "
+                f"limit is max_seq_length={settings.max_seq_length}, and no option may be empty: leave it out"
+            )
+    return _score_all(model, tokenizer, items, settings, "choices through the chat template" if chat else "choices")
+
+
+def list_options(question: str, choices) -> str:
+    """The question with one lettered option a line, as in an exam."""
+    return "\n".join([question, *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))])
+
+
+def chat_prompt(question: str, tokenizer) -> str:
+    """The question alone as the user's turn of the tokenizer's chat template, BOS included, with the thinking opened."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": escape(question)}], add_generation_prompt=True, tokenize=False
+    )
+    return text if text.endswith(f"{THINK_OPEN}\n") else f"{text}{THINK_OPEN}\n"
+
+
+def _encoder(tokenizer):
+    def encode(text, bos=False):
+        return tokenizer(text, add_special_tokens=bos)["input_ids"]
+
+    return encode
+
+
+def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
+    """Scores `items` (row index -> prompt tokens, list of continuations' tokens), from the cache where it has them."""
+    weights = weights_id(model)
+    names = "model model_revision load_in_4bit device score_batch_tokens"
+    header = {"scores": what, "answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
+    header |= {name: getattr(settings, name) for name in names.split()}
+    header["tokens"] = hashlib.sha256(json.dumps(list(items.items())).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    path = settings.output_dir / "scores" / f"{header['answers']}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
+    with only_process(path.parent):
+        done = _read(path, header, max(items, default=0) + 1, _SCORE_KEYS)
+        todo = [b for b in _batches_by_length(items, settings.score_batch_tokens) if not done.keys() >= set(b)]
+        if todo:
+            check_disk(path, 16 * 2**20)
+            _cut_torn_line(path)
+            _score(model, tokenizer, items, todo, path, header, done)
+    odd = [i for i in items if [len(c) for c in items[i][1]] != done[i]["tokens"]]
+    if odd:
+        raise MedcotError(f"{path}: row {odd[0]} has other lengths than its texts: delete the file to start again")
+    kept = {i: (tuple(done[i]["log_likelihood"]), tuple(done[i]["tokens"])) for i in items}
+    return Scores(header["answers"], path, kept)
+
+
+def _score(model, tokenizer, items, todo, path, header, done):
+    from tqdm import tqdm
+
+    model = for_inference(model)
+    with path.open("a", encoding="utf-8") as file, tqdm(total=len(items), unit="row", desc=path.stem[:-9]) as bar:
+        bar.update(len(items) - sum(map(len, todo)))
+        if not path.stat().st_size:
+            file.write(json.dumps(header) + "\n")
+        for batch in todo:
+            for i, scored in zip(batch, _score_batch(model, tokenizer, [items[i] for i in batch]), strict=True):
+                tokens = [len(continuation) for continuation in items[i][1]]
+                done[i] = {"row": i, "log_likelihood": scored, "tokens": tokens}
+                file.write(json.dumps(done[i]) + "\n")
+            file.flush()
+            bar.update(len(batch))
+
+
+def _batches_by_length(items, most_tokens: int) -> list[list[int]]:
+    """Rows in batches of like length, each of at most `most_tokens` tokens, padding included (or a single row)."""
+    length = {i: len(prompt) + sum(map(len, continuations)) for i, (prompt, continuations) in items.items()}
+    batches = []
+    for i in sorted(items, key=lambda i: (length[i], i)):
+        # Sorted, so the newest row is the longest: it sets what every row of its batch is padded to.
+        if batches and (len(batches[-1]) + 1) * length[i] <= most_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _score_batch(model, tokenizer, items) -> list[list[float]]:
+    """Log-likelihood in nats of every continuation of every item, in one forward pass over each prompt.
+
+    The continuations of an item stand behind its prompt one after the other; positions and mask make each of them see
+    the prompt and itself only, so the prompt is computed once. Logits are taken only where a token is predicted, a few
+    positions at a time: a whole batch of them would be 8,192 x 128,256 x 4 bytes = 4 GiB.
+    """
+    import torch
+
+    longest = max(len(prompt) + sum(map(len, continuations)) for prompt, continuations in items)
+    ids = torch.full((len(items), longest), tokenizer.pad_token_id)
+    positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)  # segment 0 is the prompt, -1 the padding
+    where, targets, owners = [], [], []
+    for b, (prompt, continuations) in enumerate(items):
+        tokens = prompt + [token for continuation in continuations for token in continuation]
+        ids[b, : len(tokens)] = torch.tensor(tokens)
+        positions[b, : len(prompt)], segments[b, : len(prompt)] = torch.arange(len(prompt)), 0
+        start = len(prompt)
+        for k, continuation in enumerate(continuations):
+            stop = start + len(continuation)
+            positions[b, start:stop] = torch.arange(len(prompt), len(prompt) + len(continuation))
+            segments[b, start:stop] = k + 1
+            where += [(b, len(prompt) - 1), *((b, place) for place in range(start, stop - 1))]
+            targets += continuation
+            owners += [(b, k)] * len(continuation)
+            start = stop
+    arguments = {}
+    if any(len(continuations) > 1 for _, continuations in items):
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        rows, columns = segments[:, :, None], segments[:, None, :]
+        seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        arguments = {
+            "attention_mask": mask.masked_fill(~seen, torch.finfo(model.dtype).min),
+            "position_ids": positions.to(model.device),
+        }
+    # With one continuation, padding stands on the right where the causal order hides it: no mask is needed.
+    device_type = torch.device(model.device).type
+    totals, chunk = [[0.0] * len(continuations) for _, continuations in items], 256
+    with torch.inference_mode(), torch.autocast(device_type, dtype=torch.float16, enabled=device_type == "cuda"):
+        hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False, **arguments).last_hidden_state
+        hidden, head = hidden[tuple(torch.tensor(where).T.to(model.device))], model.get_output_embeddings()
+        for first in range(0, len(targets), chunk):
+            logits = head(hidden[first : first + chunk]).float()
+            wanted = torch.tensor(targets[first : first + chunk], device=logits.device)
+            found = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+            for (b, k), value in zip(owners[first : first + chunk], found.tolist(), strict=True):
+                totals[b][k] += value
+    return totals
+
+
+# --- everything one model is measured by --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that one model, before or after, was measured to do; `evaluation.compare` pairs two of them."""
+
+    answers: Answers
+    """Generated answers to the evaluation rows."""
+    choice_answers: Answers | None = None
+    """Generated answers to multiple-choice questions; None where the evaluation rows carry options themselves."""
+    showcase: Answers | None = None
+    """The generated answer to the showcase question."""
+    showcase_trained: bool = False
+    """Whether the showcase question is a training row."""
+    references: Scores | None = None
+    """Log-likelihood of the reference reasoning and response of the evaluation rows."""
+    choices: Scores | None = None
+    """Log-likelihood of the options of the multiple-choice questions."""
+    chat_references: Scores | None = None
+    """As `references`, through the base model's own chat template; None for a fine-tuned model."""
+    chat_choices: Scores | None = None
+    """As `choices`, the first `chat_rows` of them, through the base model's own chat template."""
+
+    def __str__(self):
+        parts = (
+            self.answers,
+            self.choice_answers,
+            self.references,
+            self.choices,
+            self.chat_references,
+            self.chat_choices,
+        )
+        return "\n".join(str(part) for part in parts if part is not None)
+
+
+def evaluate(model, tokenizer, splits, questions, settings) -> Results:
+    """Measures a model on the evaluation rows and on multiple-choice `questions` (`load_choices`); cached, resumable.
+
+    Call it twice with one load: inside `with model.disable_adapter():` for before, outside for after. Everything is
+    asked in the same batches both times. The base model is also scored through its own chat template, because the
+    project's prompt alone may handicap it.
+    """
+    import datasets
+
+    rows, base = splits.eval, weights_id(model) == "base"
+    answers = generate_answers(model, tokenizer, rows, settings)
+    asked = [
+        {"Question": list_options(row["question"], row["choices"]), "Response": row["choices"][row["answer_index"]]}
+        for row in questions.rows[: settings.choice_answer_rows]
+    ]
+    choice_answers = asked and _answer_all(
+        model, tokenizer, datasets.Dataset.from_list(asked), settings, "choice_answers"
+    )
+    shown = showcase_row(splits)
+    results = Results(
+        answers=answers,
+        choice_answers=choice_answers or None,
+        showcase=_answer_all(model, tokenizer, datasets.Dataset.from_list([shown]), settings, "showcase"),
+        showcase_trained=shown["training_row"],
+        references=score_references(model, tokenizer, rows, settings),
+        choices=score_choices(model, tokenizer, questions.rows, settings),
+    )
+    if not base or not settings.chat_rows:
+        return results
+    if not tokenizer.chat_template:
+        print(f"{settings.model} has no chat template: nothing is measured through one")
+        return results
+    first = questions.rows[: settings.chat_rows]
+    return replace(
+        results,
+        chat_references=score_references(model, tokenizer, rows, settings, chat=True),
+        chat_choices=score_choices(model, tokenizer, first, settings, chat=True),
+    )
+
+
+def showcase_row(splits) -> dict:
+    """The question every project of this kind shows: Question, Response and `training_row`, whether it was trained on.
+
+    The embedded model does not know its words; there the third training row stands in for it, as it is the third
+    training row of the original.
+    """
+    if splits.source == EMBEDDED_CASES:
+        row = splits.train[min(2, len(splits.train) - 1)]
+        return {"Question": row["Question"], "Response": row["Response"], "training_row": True}
+    for split, trained in ((splits.train, True), (splits.eval, False)):
+        for question, response in zip(split["Question"], split["Response"], strict=True):
+            if normalise(question) == normalise(SHOWCASE_QUESTION):
+                return {"Question": question, "Response": response, "training_row": trained}
+    return {"Question": SHOWCASE_QUESTION, "Response": SHOWCASE_REFERENCE, "training_row": False}
+
+
+def run_harness(settings, tasks: list[str], adapter: Path | None = None, include_path: Path | None = None, limit=None):
+    """Standard benchmarks through lm-evaluation-harness, in a process of its own; returns its results by task.
+
+    `tasks` are its names, for example medqa_4options, medmcqa, pubmedqa, mmlu_anatomy, mmlu_clinical_knowledge,
+    mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine; `include_path` adds a folder of task
+    files. With `adapter` (`settings.adapter_dir`) the fine-tuned model is measured, without it the base. A process of
+    its own, because the harness wants stock transformers and this one has been patched by unsloth. Raises MedcotError
+    if the optional extra is missing (`pip install medcot[harness]`) or the harness fails.
+    """
+    import importlib.util
+    import subprocess
+    import sys
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MedcotError("lm_eval is not installed: pip install 'medcot[harness]'")
+    # The adapter folder's tokenizer is written to be read without damage; the base's own may not be (load_tokenizer).
+    arguments = {"pretrained": settings.model, "dtype": "float16" if settings.device == "cuda" else "float32"}
+    arguments |= {"revision": settings.model_revision} if settings.model_revision else {}
+    arguments |= {"load_in_4bit": True} if settings.load_in_4bit and settings.device == "cuda" else {}
+    arguments |= {"peft": adapter, "tokenizer": adapter} if adapter else {}
+    output = settings.output_dir / "harness" / (FINETUNED if adapter else BASELINE)
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", settings.device, "--batch_size", "8"]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
+    command += ["--tasks", ",".join(tasks), "--output_path", str(output / "results.json")]
+    command += ["--include_path", str(include_path)] if include_path else []
+    command += ["--limit", str(limit)] if limit else []
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MedcotError(f"lm_eval stopped ({reason[:300]}); the command was: {' '.join(command)}")
+    newest = max(output.glob("**/results*.json"), key=lambda file: file.stat().st_mtime)
+    return json.loads(newest.read_text(encoding="utf-8"))["results"]

@@ -50,8 +50,22 @@ class Settings:
     """Training rows: the first ones of the data set."""
     eval_rows: int = 100
     """Evaluation rows: the ones right after the training rows."""
-    answer_rows: int = 50
-    """How many of the evaluation rows are answered by generation."""
+    answer_rows: int = 16
+    """How many of the evaluation rows are answered by generation: one batch, to be read."""
+
+    # multiple choice
+    choice_dataset: str = "GBaker/MedQA-USMLE-4-options"
+    """Multiple-choice questions: a hub name (its test split), a local jsonl file, or the embedded cases."""
+    choice_dataset_revision: str | None = None
+    """Commit, tag or branch of that hub data set; None takes the newest and records which it was."""
+    choice_rows: int = 1273
+    """Questions answered by likelihood, the first ones: 1,273 is the whole MedQA test set."""
+    choice_answer_rows: int = 34
+    """How many of them are answered by generation too: 16 + 34 = 50 generated answers a side."""
+    chat_rows: int = 200
+    """How many of them the base model also answers through its own chat template."""
+    score_batch_tokens: int = 8192
+    """Tokens in one forward pass of scoring, padding included; 8,192 take under 3 GiB beside the 8B."""
 
     # LoRA
     r: int = 16
@@ -176,6 +190,7 @@ _LEAST = {
     "max_seq_length": 128, "train_rows": 1, "eval_rows": 1, "answer_rows": 1, "r": 1, "lora_alpha": 1,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "nproc_per_node": 1, "max_steps": 1, "warmup_steps": 0,
     "logging_steps": 1, "eval_steps": 1, "eval_loss_rows": 1, "save_steps": 1, "seed": 0, "max_new_tokens": 1, "generation_batch_size": 1,
+    "choice_rows": 1, "choice_answer_rows": 0, "chat_rows": 0, "score_batch_tokens": 1,
 }  # fmt: skip
 _CHOICES = {
     "device": ("cuda", "cpu"),
@@ -197,6 +212,8 @@ _TINY = Settings(
     train_rows=4000, eval_rows=240, answer_rows=240, per_device_train_batch_size=16, gradient_accumulation_steps=1,
     gradient_checkpointing=False, completion_only_loss=True, learning_rate=3e-3, max_steps=250, warmup_steps=20,
     logging_steps=5, eval_steps=50, eval_loss_rows=64, save_steps=50, max_new_tokens=160, generation_batch_size=80,
+    # Its evaluation rows carry options themselves, so no other questions need be answered by generation.
+    choice_dataset=EMBEDDED_CASES, choice_rows=240, choice_answer_rows=0, chat_rows=240,
 )  # fmt: skip
 PROFILES = {
     "kaggle-t4": _KAGGLE_T4,
@@ -207,6 +224,7 @@ PROFILES = {
     "smoke": replace(
         _TINY, profile="smoke", train_rows=64, eval_rows=12, answer_rows=6, per_device_train_batch_size=4,
         max_steps=6, warmup_steps=1, logging_steps=1, eval_steps=3, eval_loss_rows=4, save_steps=3, max_new_tokens=96,
+        choice_rows=12, chat_rows=6,
     ),
 }  # fmt: skip
 
@@ -215,8 +233,8 @@ def load_settings() -> Settings:
     """The settings of this session, from its environment, with one printed line that says what was chosen and why.
 
     `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4` and no GPU means `tiny`. `MEDCOT_MODEL`,
-    `MEDCOT_DATASET`, `MEDCOT_OUT` and `MEDCOT_EARLIER` replace the model, the data, the output folder and the folder of an
-    earlier session's output. Raises MedcotError for an
+    `MEDCOT_DATASET`, `MEDCOT_CHOICES`, `MEDCOT_OUT` and `MEDCOT_EARLIER` replace the model, the data, the multiple-choice
+    questions, the output folder and the folder of an earlier session's output. Raises MedcotError for an
     unknown profile and for a profile that needs a GPU where there is none.
     """
     import torch  # here, because the rooms that only read settings start without it
@@ -240,8 +258,11 @@ def load_settings() -> Settings:
     }
     if on_kaggle():  # a session ends after 12 hours; what is attached to it is below /kaggle/input
         changes |= {"session_minutes": 700.0, "earlier_output": kaggle_root() / "input"}
-    overrides = (("MEDCOT_MODEL", "model"), ("MEDCOT_DATASET", "dataset"), ("MEDCOT_EARLIER", "earlier_output"))
-    for variable, field in overrides:
+    overrides = {
+        "MEDCOT_MODEL": "model", "MEDCOT_DATASET": "dataset", "MEDCOT_CHOICES": "choice_dataset",
+        "MEDCOT_EARLIER": "earlier_output",
+    }  # fmt: skip
+    for variable, field in overrides.items():
         if os.environ.get(variable):
             changes[field] = os.environ[variable]
     settings = replace(settings, **changes)

@@ -1,14 +1,27 @@
 """Answers: batched, kept as they come, taken up again, never mixed up."""
 
+import importlib.util
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from medcot import generate_answers, load_baseline, load_model, load_splits
-from medcot.inference import BASELINE, FINETUNED, baseline_status
-from medcot.prompts import format_prompt
+from medcot import evaluate, generate_answers, load_baseline, load_choices, load_model, load_splits, run_harness
+from medcot.data import SHOWCASE_QUESTION
+from medcot.inference import (
+    BASELINE,
+    FINETUNED,
+    SHOWCASE_REFERENCE,
+    baseline_status,
+    chat_prompt,
+    list_options,
+    score_choices,
+    score_references,
+    showcase_row,
+)
+from medcot.prompts import format_completion, format_prompt
 from medcot.settings import NOTICE, MedcotError
 
 
@@ -130,3 +143,202 @@ def test_the_file_is_one_json_object_a_line(base, rows, settings):
     assert header["weights"] == "base" and header["model"] == settings.model
     assert sorted(answer["row"] for answer in kept) == list(range(settings.answer_rows))
     assert torch.is_grad_enabled()
+
+
+def test_a_torn_baseline_is_refused_and_left_as_it_is(base, rows, settings):
+    answers = generate_answers(*base, rows, settings)
+    answers.path.write_bytes(answers.path.read_bytes()[:-20])
+    kept = answers.path.read_bytes()
+    with pytest.raises(MedcotError, match=r"baseline-.*jsonl, line 7: cut off in the middle"):
+        load_baseline(settings, rows)
+    assert answers.path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"row": 0}', "line 2: lacks completion, new_tokens, eos_token"), ("[]", "line 2: lacks row")],
+)
+def test_a_line_that_is_no_answer_is_named(base, rows, settings, line, message):
+    answers = generate_answers(*base, rows, settings)
+    lines = answers.path.read_text().splitlines(keepends=True)
+    answers.path.write_text("".join([lines[0], line + "\n", *lines[2:]]))
+    with pytest.raises(MedcotError, match=message):
+        load_baseline(settings, rows)
+
+
+# --- likelihood --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(trained):
+    return load_model(trained.settings, adapter=trained.settings.adapter_dir)
+
+
+@pytest.fixture
+def questions(settings):
+    return load_choices(settings).rows
+
+
+def alone(model, tokenizer, prompt, text, bos=True):
+    """Log-likelihood of `text` after `prompt`, from the logits of one unpadded row: the definition, spelled out."""
+    before = tokenizer(prompt, add_special_tokens=bos)["input_ids"]
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([before + tokens])).logits[0].double().log_softmax(-1)
+    return sum(logits[len(before) - 1 + i, token].item() for i, token in enumerate(tokens))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reference_likelihood_is_that_of_the_row_alone(tuned, rows, settings, chat):
+    model, tokenizer = tuned
+    scores = score_references(model, tokenizer, rows, settings, chat)
+    for i, row in enumerate(rows):
+        prompt = chat_prompt(row["Question"], tokenizer) if chat else format_prompt(row["Question"])
+        text = format_completion(row["Complex_CoT"], row["Response"], tokenizer.eos_token)
+        (found,), (tokens,) = scores.items[i]
+        assert found == pytest.approx(alone(model, tokenizer, prompt, text, bos=not chat), rel=1e-4)
+        assert tokens == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_option_likelihoods_are_those_of_each_option_alone(tuned, questions, settings):
+    # In one pass over a shared prompt, none of the options may see another one.
+    model, tokenizer = tuned
+    scores = score_choices(model, tokenizer, questions, settings)
+    for i, row in enumerate(questions):
+        prompt = format_prompt(list_options(row["question"], row["choices"])) + "\n</think>\n"
+        expected = [alone(model, tokenizer, prompt, choice) for choice in row["choices"]]
+        assert scores.items[i][0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_the_adapter_switched_off_scores_as_the_base(base, tuned, questions, settings):
+    model, tokenizer = tuned
+    after = score_choices(model, tokenizer, questions, settings)
+    with model.disable_adapter():
+        before = score_choices(model, tokenizer, questions, settings)
+    (settings.output_dir / "scores").rename(settings.output_dir / "kept")
+    alone = score_choices(*base, questions, settings)
+    assert (before.name, after.name) == (BASELINE, FINETUNED)
+    assert alone.path.name == before.path.name  # the same weights and texts are the same file
+    for i in range(len(questions)):
+        assert before.items[i][0] == pytest.approx(alone.items[i][0], rel=1e-4)
+    assert before.items != after.items
+
+
+def test_logits_are_taken_a_few_positions_at_a_time(base, rows, settings, monkeypatch):
+    model, tokenizer = base
+    head, sizes = model.get_output_embeddings(), []
+    monkeypatch.setattr(
+        model, "get_output_embeddings", lambda: lambda hidden: sizes.append(len(hidden)) or head(hidden), raising=False
+    )
+    scores = score_references(model, tokenizer, rows, settings)
+    assert sum(sizes) == sum(tokens[0] for _, tokens in scores.items.values()) and max(sizes) <= 256
+
+
+def test_scores_are_kept_and_go_on_where_they_stopped(base, rows, settings, monkeypatch):
+    settings = replace(settings, score_batch_tokens=400)  # two or three rows a batch
+    whole = score_references(*base, rows, settings)
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    whole.path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    forwards, decoder = [], base[0].get_decoder()
+    monkeypatch.setattr(base[0], "get_decoder", lambda: lambda **inputs: forwards.append(1) or decoder(**inputs))
+    assert score_references(*base, rows, settings).items == whole.items
+    made = len(forwards)
+    assert 0 < made < len(rows)
+    assert score_references(*base, rows, settings).items == whole.items and len(forwards) == made
+
+
+def test_a_damaged_score_is_named_and_nothing_is_overwritten(base, questions, settings):
+    scores = score_choices(*base, questions, settings)
+    lines = scores.path.read_text().splitlines(keepends=True)
+    for line, message in (
+        ("x\n", "line 3: not a JSON"),
+        ('{"row": 99, "log_likelihood": [], "tokens": []}\n', "row 99 of 12"),
+    ):
+        scores.path.write_text("".join([*lines[:2], line, *lines[3:]]))
+        kept = scores.path.read_bytes()
+        with pytest.raises(MedcotError, match=message):
+            score_choices(*base, questions, settings)
+        assert scores.path.read_bytes() == kept
+
+
+def test_a_row_over_the_limit_is_left_out_and_counted(base, rows, settings, capsys):
+    lengths = [len(base[1](row["Question"] + row["Complex_CoT"])["input_ids"]) for row in rows]
+    prompt = len(base[1](format_prompt(""))["input_ids"])
+    settings = replace(settings, max_seq_length=max(128, prompt + sorted(lengths)[len(lengths) // 2]))
+    scores = score_references(*base, rows, settings)
+    assert 0 < len(scores) < len(rows)
+    assert f"{len(rows) - len(scores)} of {len(rows)} rows are longer" in capsys.readouterr().out
+
+
+def test_the_chat_prompt_has_one_bos_and_opens_the_thinking(tokenizer):
+    text = chat_prompt("Where </think> is the pain?", tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1 and text.endswith("<think>\n") and text.count("</think>") == 0
+    assert "expert" not in text  # the question alone: no instruction of this project
+
+
+def test_both_sides_are_measured_from_one_load(tuned, trained, settings):
+    model, tokenizer = tuned
+    splits, questions = load_splits(settings), load_choices(settings)
+    with model.disable_adapter():
+        first = generate_answers(model, tokenizer, splits.eval, settings)  # as 01_baseline would have left it
+        kept = first.path.stat().st_mtime_ns
+        before = evaluate(model, tokenizer, splits, questions, settings)
+    after = evaluate(model, tokenizer, splits, questions, replace(settings, choice_answer_rows=2))
+    assert before.answers == first and first.path.stat().st_mtime_ns == kept
+    assert len(before.chat_choices) == 6 and len(before.chat_references) == 12
+    assert after.chat_choices is None and before.choice_answers is None and len(after.choice_answers) == 2
+    assert after.choice_answers[0].question == list_options(questions.rows[0]["question"], questions.rows[0]["choices"])
+    assert before.references.path.parent.name == "scores" and before.showcase_trained and len(before.showcase) == 1
+    assert load_baseline(settings, splits.eval) == first  # nothing else is mistaken for 01's answers
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        ([SHOWCASE_QUESTION.upper()], [], ("R", True)),
+        ([], [SHOWCASE_QUESTION], ("R", False)),
+        ([], [], (SHOWCASE_REFERENCE, False)),
+    ],
+)
+def test_the_showcase_question_is_labelled(train, evaluation, expected):
+    def split(questions):
+        return {"Question": questions, "Response": ["R"] * len(questions)}
+
+    row = showcase_row(SimpleNamespace(source="x", train=split(train), eval=split(evaluation)))
+    assert (row["Response"], row["training_row"]) == expected
+
+
+# --- lm-evaluation-harness ---------------------------------------------------------------------------------------------
+
+TASK = """task: local_cases
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def test_the_harness_runs_a_local_task_with_the_adapter(trained, questions, tmp_path):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed (the optional extra 'harness')")
+    file = tmp_path / "cases.jsonl"
+    file.write_text("".join(json.dumps(row | {"answer": row["answer_index"]}) + "\n" for row in questions))
+    (tmp_path / "local_cases.yaml").write_text(TASK.format(file=file))
+    settings = replace(trained.settings, output_dir=tmp_path)
+    found = [
+        run_harness(settings, ["local_cases"], adapter, include_path=tmp_path, limit=6)["local_cases"]
+        for adapter in (None, trained.settings.adapter_dir)
+    ]
+    assert all(0 <= result["acc,none"] <= 1 for result in found)
+    assert {path.name for path in (tmp_path / "harness").iterdir()} == {BASELINE, FINETUNED}
+
+
+def test_without_the_harness_the_extra_is_named(settings, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MedcotError, match=r"pip install 'medcot\[harness\]'"):
+        run_harness(settings, ["medqa_4options"])
