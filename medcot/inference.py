@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .data import SHOWCASE_QUESTION, normalise
-from .modeling import for_inference, weights_id
+from .modeling import for_inference, report_memory, weights_id
 from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
 from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, only_process
 
@@ -88,6 +88,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
             check_disk(path, 16 * 2**20)
             _cut_torn_line(path)
             _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
+            report_memory("answers generated")
     return _answers(path, rows, done)
 
 
@@ -322,6 +323,7 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
             check_disk(path, 16 * 2**20)
             _cut_torn_line(path)
             _score(model, tokenizer, items, todo, path, header, done)
+            report_memory(f"{what} scored")
     odd = [i for i in items if [len(c) for c in items[i][1]] != done[i]["tokens"]]
     if odd:
         raise MedcotError(f"{path}: row {odd[0]} has other lengths than its texts: delete the file to start again")

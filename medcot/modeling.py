@@ -29,6 +29,8 @@ def _unsloth():
     """Unsloth, imported before anything that it patches, with its telemetry and that of its libraries off."""
     for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
+    # Replays each decoding step as one CUDA graph: the same arithmetic without the launch of hundreds of kernels a token.
+    os.environ.setdefault("UNSLOTH_DECODE_CUDA_GRAPHS", "1")
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -122,7 +124,18 @@ def load_model(settings, adapter: Path | None = None):
         ) from error
     if adapter is not None:
         model = _load_adapter(model, settings, Path(adapter))
+    report_memory("model loaded")
     return for_inference(model), tokenizer
+
+
+def report_memory(after: str):
+    """Prints the peak of GPU memory since the last such line; nothing without a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        most, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        print(f"{after}: peak {most / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory")
+        torch.cuda.reset_peak_memory_stats()
 
 
 def add_lora(model, settings):

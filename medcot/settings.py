@@ -120,7 +120,7 @@ class Settings:
     # generation
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
-    generation_batch_size: int = 16
+    generation_batch_size: int = 32
     """Questions answered at once."""
     temperature: float = 0.0
     """0 decodes greedily, so that only the weights differ between before and after."""
@@ -202,7 +202,7 @@ _KAGGLE_T4 = Settings(profile="kaggle-t4")
 # The same rows, the same eight examples a step and the same losses, arranged for speed (docs: README, Speed).
 _KAGGLE_T4_FAST = replace(
     _KAGGLE_T4, profile="kaggle-t4-fast", per_device_train_batch_size=4, gradient_accumulation_steps=2,
-    padding_free=True, activation_memory_gib=8.0, generation_batch_size=32,
+    padding_free=True, activation_memory_gib=8.0,
 )  # fmt: skip
 # The embedded model has 1 million parameters, not 8,072 million, and starts without the form of the reasoning: it needs
 # more, larger steps (250 x 16 cases, each seen once, at 3e-3) where the 8B only changes its manner. Only completions are

@@ -136,12 +136,13 @@ def test_a_padding_free_batch_keeps_its_documents_apart(gpu):
 
 
 def test_the_adapter_reloads_with_the_same_greedy_tokens(gpu):
-    losses = run(gpu)
-    assert losses[-1] < losses[0]
     model, tokenizer = load_model(gpu.settings)
     model = add_lora(model, gpu.settings)
     examples = to_examples(gpu.splits.train, tokenizer, gpu.settings, show=False)
-    make_trainer(model, tokenizer, examples, gpu.settings).train()
+    trainer = make_trainer(model, tokenizer, examples, gpu.settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
     save_adapter(model, tokenizer, gpu.settings)
     prompts = tokenizer(
         [format_prompt(q) for q in gpu.splits.eval["Question"][:4]], padding=True, return_tensors="pt"
@@ -160,3 +161,39 @@ def test_the_adapter_reloads_with_the_same_greedy_tokens(gpu):
 
 def test_nothing_here_is_bfloat16(gpu):
     assert not any(weight.dtype == torch.bfloat16 for weight in gpu.model.parameters())
+
+
+def test_options_scored_together_have_the_likelihood_they_have_alone(gpu):
+    from medcot.inference import list_options, score_choices
+    from medcot.prompts import format_completion
+
+    model, tokenizer = load_model(gpu.settings)
+    questions = [{"question": row["Question"], "choices": row["choices"]} for row in gpu.splits.eval]
+    found = score_choices(model, tokenizer, questions, gpu.settings)
+    for i in (0, 5, 11):
+        prompt = format_prompt(list_options(**questions[i])) + format_completion("", "", "")
+        start = tokenizer(prompt)["input_ids"]
+        for k, choice in enumerate(questions[i]["choices"]):
+            end = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                ids = torch.tensor([start + end], device="cuda")
+                logits = (
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(start) - 1 : -1].float()
+                )
+            alone = logits.log_softmax(-1)[torch.arange(len(end)), torch.tensor(end)].sum().item()
+            assert found.items[i][0][k] == pytest.approx(alone, abs=0.05)
+
+
+def test_graph_decoding_writes_what_eager_decoding_writes(gpu, monkeypatch):
+    model, tokenizer = load_model(gpu.settings)
+    prompts = tokenizer(
+        [format_prompt(q) for q in gpu.splits.eval["Question"][:8]], padding=True, return_tensors="pt"
+    ).to("cuda")
+
+    def tokens(graphs):
+        monkeypatch.setenv("UNSLOTH_DECODE_CUDA_GRAPHS", graphs)
+        return model.generate(
+            **prompts, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        ).tolist()
+
+    assert tokens("1") == tokens("0")

@@ -29,6 +29,8 @@ TRAINING = {
     "kaggle-t4-fast: Unsloth, 4 x 2, padding-free, 8 GiB kept": ("unsloth", 4, 2, True, 8.0),
     "Unsloth, 2 x 4, padding-free, 8 GiB kept": ("unsloth", 2, 4, True, 8.0),
     "TRL + PEFT + bitsandbytes, 2 x 4": ("trl", 2, 4, False, 0.0),
+    "kaggle-t4x2: two GPUs, 4 x 1 x 2": ("torchrun", 4, 1, True, 8.0),
+    "two GPUs, 4 x 2 x 2 (16 examples a step)": ("torchrun", 4, 2, True, 8.0),
 }
 # name: (stack, questions at once, CUDA graphs in decoding)
 GENERATION = {
@@ -44,6 +46,7 @@ def t4_conditions():
     """Holds this process to what a T4 has, as far as another card can be held to it."""
     import torch
 
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
     torch.backends.cuda.enable_flash_sdp(False)
@@ -70,7 +73,7 @@ def settings_for(options, recipe=(None, 2, 4, False, 0.0)):
     return replace(
         PROFILES["kaggle-t4"], model=options.model, output_dir=Path(options.out) / "run", report_to="none",
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, padding_free=padding_free,
-        activation_memory_gib=gib, max_steps=options.steps, warmup_steps=1, eval_steps=10**6,
+        activation_memory_gib=gib, max_steps=options.steps, warmup_steps=1, eval_steps=10**6, save_steps=10**6,
     )  # fmt: skip
 
 
@@ -92,9 +95,15 @@ def timed(trainer, rows):
 
     trainer.add_callback(Clock())
     trainer.train()
-    # The order the sampler drew the rows in, to count each step's real tokens.
-    order = [index for batch in trainer.get_train_dataloader().batch_sampler for index in batch]
-    tokens = [sum(len(rows[i]["input_ids"]) for i in order[8 * s : 8 * s + 8]) for s in range(len(seconds))]
+    # The order the sampler drew the rows in, to count each step's real tokens, over all processes.
+    micro, tokens = trainer.args.gradient_accumulation_steps, []
+    batches = [sum(len(rows[i]["input_ids"]) for i in batch) for batch in trainer.get_train_dataloader().batch_sampler]
+    for step in range(len(seconds)):
+        tokens.append(sum(batches[micro * step : micro * step + micro]))
+    if trainer.args.world_size > 1:
+        counts = torch.tensor(tokens, device="cuda")
+        torch.distributed.all_reduce(counts)
+        tokens = counts.tolist()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return seconds, tokens, losses
 
@@ -248,7 +257,8 @@ def run_stack(options):
         if RECIPES[name][0] == options.stack:
             print(f"=== {name}", flush=True)
             results[name] = (generation if options.stack == "generation" else training)(options, RECIPES[name])
-            (Path(options.out) / f"{options.stack}.json").write_text(json.dumps(results))
+            if os.environ.get("RANK", "0") == "0":
+                (Path(options.out) / f"{options.stack}.json").write_text(json.dumps(results))
 
 
 def main():
@@ -268,7 +278,10 @@ def main():
     for stack in dict.fromkeys(RECIPES[name][0] for name in options.only):
         started = time.monotonic()
         with (out / f"{stack}.log").open("w") as log:
-            subprocess.run([sys.executable, *sys.argv, "--stack", stack], stdout=log, stderr=log, check=False)
+            launch = (
+                ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if stack == "torchrun" else []
+            )
+            subprocess.run([sys.executable, *launch, *sys.argv, "--stack", stack], stdout=log, stderr=log, check=False)
         found = out / f"{stack}.json"
         results |= json.loads(found.read_text()) if found.exists() else {}
         print(f"{stack}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
