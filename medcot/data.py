@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .prompts import THINK_CLOSE, THINK_OPEN, format_completion, format_prompt
-from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
+from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError, hub_revision, patiently
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -92,10 +92,10 @@ def _read_rows(settings):
     elif path.is_absolute() or path.suffix in FILE_TYPES or settings.dataset.startswith("."):
         raise MedcotError(f"{path.absolute()} not found: name a json, jsonl, csv or parquet file, or a folder of them")
     else:
-        revision = _resolve_revision(settings)
+        revision = hub_revision("dataset", settings.dataset, settings.dataset_revision) or settings.dataset_revision
         arguments = {"path": settings.dataset, "name": settings.dataset_config, "revision": revision}
     try:
-        rows = datasets.load_dataset(**arguments, split="train")
+        rows = patiently(lambda: datasets.load_dataset(**arguments, split="train"), settings.dataset)
     except Exception as error:  # the library raises a different class for each way a file can be wrong
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         cure = (
@@ -104,6 +104,15 @@ def _read_rows(settings):
             else "check its name, configuration and network"
         )
         raise MedcotError(f"{settings.dataset} could not be read ({reason[0][:200]}): {cure}") from error
+    if not path.exists():
+        # Without the hub `datasets` takes whatever commit it cached last, whatever `revision` says.
+        commit = Path(rows.cache_files[0]["filename"]).parent.name
+        if revision not in (None, commit):
+            raise MedcotError(
+                f"{settings.dataset} in the local cache is commit {commit}, not {revision}: go online once, or set "
+                "dataset_revision to the commit that is there"
+            )
+        revision = commit
     missing = [column for column in COLUMNS if column not in rows.column_names]
     if missing:
         raise MedcotError(
@@ -123,26 +132,6 @@ def _data_files(path: Path) -> tuple[str, list[str]]:
         found = ", ".join(sorted({file.suffix or file.name for file in files})) or "no data file"
         raise MedcotError(f"{path} holds {found}: give files of one kind out of {', '.join(FILE_TYPES)}")
     return kinds.pop(), [str(file) for file in files]
-
-
-def _resolve_revision(settings) -> str | None:
-    """The commit that the hub name stands for now; None if the hub cannot be asked, so that a cache may serve."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return HfApi().dataset_info(settings.dataset, revision=settings.dataset_revision, timeout=20).sha
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403, 404):
-            raise MedcotError(
-                f"the hub has no data set {settings.dataset!r} at revision {settings.dataset_revision!r} (status "
-                f"{status}): check the name, or log in if it is gated"
-            ) from error
-        return settings.dataset_revision
-    except Exception as error:  # no network: requests, httpx and offline mode all raise their own
-        print(f"the hub did not answer ({type(error).__name__}): looking for {settings.dataset} in the local cache")
-        return settings.dataset_revision
 
 
 def _split(rows, revision, settings) -> Splits:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from .prompts import THINK_CLOSE, THINK_OPEN, format_prompt
-from .settings import NOTICE, MedcotError, check_disk
+from .settings import NOTICE, MedcotError, check_disk, hub_revision, patiently
 
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
@@ -39,7 +39,7 @@ def _unsloth():
     return unsloth
 
 
-def load_tokenizer(source: str, revision: str | None = None):
+def load_tokenizer(source: str, revision: str | None = None, local_files_only: bool = False):
     """The tokenizer of a hub name or local folder, checked against the contract (`check_tokenizer`).
 
     Read as a plain fast tokenizer, because transformers 5 rebuilds the class that the R1 models name in a way that
@@ -48,7 +48,12 @@ def load_tokenizer(source: str, revision: str | None = None):
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, revision=revision, padding_side="left")
+        tokenizer = patiently(
+            lambda: PreTrainedTokenizerFast.from_pretrained(
+                source, revision=revision, padding_side="left", local_files_only=local_files_only
+            ),
+            source,
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MedcotError(f"no tokenizer at {source} ({reason[:200]}): name a model folder or hub name") from error
@@ -104,18 +109,24 @@ def load_model(settings, adapter: Path | None = None):
             f"{folder} holds no .safetensors file: only safetensors are loaded, convert the weights first"
         )
     unsloth = _unsloth()
-    tokenizer = load_tokenizer(settings.model, settings.model_revision)
+    # Where the hub does not answer, only the cache is asked: each file would wait for it anew.
+    local = not folder.is_dir() and hub_revision("model", settings.model, settings.model_revision) is None
+    tokenizer = load_tokenizer(settings.model, settings.model_revision, local)
     import torch
 
     try:
-        model, _ = unsloth.FastLanguageModel.from_pretrained(
+        model, _ = patiently(
+            lambda: unsloth.FastLanguageModel.from_pretrained(
+                settings.model,
+                revision=settings.model_revision,
+                max_seq_length=settings.max_seq_length,
+                dtype=torch.float16 if settings.device == "cuda" else torch.float32,
+                load_in_4bit=settings.load_in_4bit,
+                use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+                use_safetensors=True,
+                local_files_only=local,
+            ),
             settings.model,
-            revision=settings.model_revision,
-            max_seq_length=settings.max_seq_length,
-            dtype=torch.float16 if settings.device == "cuda" else torch.float32,
-            load_in_4bit=settings.load_in_4bit,
-            use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
-            use_safetensors=True,
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
