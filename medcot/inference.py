@@ -392,9 +392,11 @@ def _score_batch(model, tokenizer, items) -> list[list[float]]:
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         rows, columns = segments[:, :, None], segments[:, None, :]
         seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        # Added to the attention scores, so in the type they are computed in (float16 under autocast).
+        dtype = torch.float16 if seen.is_cuda else model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         arguments = {
-            "attention_mask": mask.masked_fill(~seen, torch.finfo(model.dtype).min),
+            "attention_mask": mask.masked_fill(~seen, torch.finfo(dtype).min),
             "position_ids": positions.to(model.device),
         }
     # With one continuation, padding stands on the right where the causal order hides it: no mask is needed.
