@@ -392,9 +392,11 @@ def _score_batch(model, tokenizer, items) -> list[list[float]]:
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         rows, columns = segments[:, :, None], segments[:, None, :]
         seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        # Added to the attention scores, so in the type they are computed in (float16 under autocast).
+        dtype = torch.float16 if seen.is_cuda else model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         arguments = {
-            "attention_mask": mask.masked_fill(~seen, torch.finfo(model.dtype).min),
+            "attention_mask": mask.masked_fill(~seen, torch.finfo(dtype).min),
             "position_ids": positions.to(model.device),
         }
     # With one continuation, padding stands on the right where the causal order hides it: no mask is needed.
@@ -509,9 +511,10 @@ def run_harness(settings, tasks: list[str], adapter: Path | None = None, include
 
     `tasks` are its names, for example medqa_4options, medmcqa, pubmedqa, mmlu_anatomy, mmlu_clinical_knowledge,
     mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine; `include_path` adds a folder of task
-    files. With `adapter` (`settings.adapter_dir`) the fine-tuned model is measured, without it the base. A process of
-    its own, because the harness wants stock transformers and this one has been patched by unsloth. Raises MedcotError
-    if the optional extra is missing (`pip install medcot[harness]`) or the harness fails.
+    files. With `adapter` (`settings.adapter_dir`) the fine-tuned model is measured, without it the base, both in the
+    precision of the base that the adapter was trained on. A process of its own, because the harness wants stock
+    transformers and this one has been patched by unsloth. Raises MedcotError if the optional extra is missing
+    (`pip install medcot[harness]`) or the harness fails.
     """
     import importlib.util
     import subprocess
@@ -519,11 +522,16 @@ def run_harness(settings, tasks: list[str], adapter: Path | None = None, include
 
     if importlib.util.find_spec("lm_eval") is None:
         raise MedcotError("lm_eval is not installed: pip install 'medcot[harness]'")
-    # The adapter folder's tokenizer is written to be read without damage; the base's own may not be (load_tokenizer).
-    arguments = {"pretrained": settings.model, "dtype": "float16" if settings.device == "cuda" else "float32"}
+    # The adapter's config names the base that it was trained on, on a GPU the copy in 4 bits that unsloth took for it; the
+    # adapter folder's tokenizer is written to be read without damage, which the base's own may not be (load_tokenizer).
+    folder = Path(adapter or settings.adapter_dir)
+    config = folder / "adapter_config.json"
+    trained = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    arguments = {"pretrained": trained.get("base_model_name_or_path") or settings.model}
+    arguments["dtype"] = "float16" if settings.device == "cuda" else "float32"
     arguments |= {"revision": settings.model_revision} if settings.model_revision else {}
-    arguments |= {"load_in_4bit": True} if settings.load_in_4bit and settings.device == "cuda" else {}
-    arguments |= {"peft": adapter, "tokenizer": adapter} if adapter else {}
+    arguments |= {"tokenizer": folder} if trained else {}
+    arguments |= {"peft": adapter} if adapter else {}
     output = settings.output_dir / "harness" / (FINETUNED if adapter else BASELINE)
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", settings.device, "--batch_size", "8"]
