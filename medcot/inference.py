@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .data import SHOWCASE_QUESTION, normalise
-from .modeling import for_inference, report_memory, weights_id
+from .modeling import for_inference, free_decoding_memory, report_memory, weights_id
 from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
 from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, only_process
 
@@ -78,8 +78,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
     header, path = _cache(weights_id(model), rows, settings, folder)
     prompts = [tokenizer(format_prompt(question))["input_ids"] for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
-    size = settings.generation_batch_size
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches = _batches_that_fit(order, prompts, model, settings)
     with only_process(path.parent):
         done = _read(path, header, len(rows), _ANSWER_KEYS)
         # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
@@ -89,7 +88,32 @@ def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
             _cut_torn_line(path)
             _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
             report_memory("answers generated")
+            free_decoding_memory(model)
     return _answers(path, rows, done)
+
+
+def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
+    """Row indices in batches of like length, of at most `generation_batch_size` rows and `generation_memory_gib` GiB.
+
+    A row needs its keys and values twice for the prompt (once as the prefill makes them, once where decoding appends)
+    and once for the new tokens, and about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a prompt token while
+    they are made: measured as 4.6 GiB for 32 rows of 200 + 192 tokens of the 8-billion-parameter shape. From settings
+    alone and not from the memory that is free, so that before and after have the same batches.
+    """
+    config = model.config
+    heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    token = 2 * 2 * config.num_hidden_layers * heads
+    batches = []
+    for i in order:  # by length, so the newest row is the longest and sets what every row of its batch takes
+        prompt = len(prompts[i])
+        row = token * (2 * prompt + settings.max_new_tokens + 256)
+        row += prompt * 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
+        most = max(1, min(settings.generation_batch_size, int(settings.generation_memory_gib * 2**30 / row)))
+        if batches and len(batches[-1]) < most:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def baseline_status(settings):
@@ -121,7 +145,7 @@ def load_baseline(settings, rows) -> Answers:
 
 def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict, Path]:
     """What identifies a set of answers, and the file that keeps them."""
-    names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size temperature"
+    names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size generation_memory_gib temperature"
     header = {"answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
     header |= {name: getattr(settings, name) for name in names.split()}
     header |= {"seed": settings.seed} if settings.temperature else {}
@@ -187,7 +211,6 @@ def _cut_torn_line(path: Path):
 
 
 def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done):
-    import torch
     from tqdm import tqdm  # as text, which also a batch log and a terminal show
     from transformers import GenerationConfig, set_seed
 
@@ -209,8 +232,7 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
             set_seed(settings.seed + batch[0])
             started = time.monotonic()
             inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
-            with torch.inference_mode():
-                output = model.generate(**inputs.to(model.device), generation_config=config)
+            output = _generate_batch(model, inputs.to(model.device), config)
             seconds = time.monotonic() - started
             for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 if tokenizer.eos_token_id in tokens:
@@ -222,6 +244,30 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
                 file.write(json.dumps(done[i], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
+
+
+def _generate_batch(model, inputs, config):
+    """One batch; if memory runs out, once more without CUDA graphs, which computes the same and keeps less."""
+    import torch
+
+    with torch.inference_mode():
+        try:
+            return model.generate(**inputs, generation_config=config)
+        except torch.OutOfMemoryError:
+            pass  # out of the except block, so that the failed call's tensors are gone
+        graphs = os.environ.get("UNSLOTH_DECODE_CUDA_GRAPHS")
+        os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "0"
+        try:
+            free_decoding_memory(model)
+            return model.generate(**inputs, generation_config=config)
+        except torch.OutOfMemoryError as error:
+            rows, width = inputs["input_ids"].shape
+            raise MedcotError(
+                f"out of memory with {rows} questions of {width} tokens and {config.max_new_tokens} new ones each: lower "
+                "generation_batch_size or generation_memory_gib, in 01_baseline and 03_compare alike"
+            ) from error
+        finally:
+            os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = graphs or "1"
 
 
 # --- likelihood --------------------------------------------------------------------------------------------------------

@@ -139,6 +139,21 @@ def load_model(settings, adapter: Path | None = None):
     return for_inference(model), tokenizer
 
 
+def free_decoding_memory(model):
+    """Gives back the key-value buffers and captured graphs that generation keeps for its next call; nothing without a GPU."""
+    import gc
+
+    import torch
+
+    if torch.cuda.is_available():
+        _unsloth()
+        from unsloth.models._decode_graphs import release_for_training
+
+        release_for_training(model)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def report_memory(after: str):
     """Prints the peak of GPU memory since the last such line; nothing without a GPU."""
     import torch

@@ -121,7 +121,9 @@ class Settings:
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
     generation_batch_size: int = 32
-    """Questions answered at once."""
+    """Questions answered at once, at most."""
+    generation_memory_gib: float = 5.0
+    """GiB on a GPU for what a batch of questions needs beside the weights; batches of long questions are made smaller."""
     temperature: float = 0.0
     """0 decodes greedily, so that only the weights differ between before and after."""
 
@@ -152,6 +154,8 @@ class Settings:
             wrong.append(f"activation_memory_gib={self.activation_memory_gib}: 0 recomputes every layer, 8 suits a T4")
         if not 0 <= self.session_minutes < float("inf"):
             wrong.append(f"session_minutes={self.session_minutes}: 0 sets no limit, 700 suits Kaggle's 12 hours")
+        if not self.generation_memory_gib > 0:
+            wrong.append(f"generation_memory_gib={self.generation_memory_gib}: must be above 0, 5 suits a T4")
         if self.temperature < 0:
             wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
         if not self.target_modules or isinstance(self.target_modules, str):

@@ -342,3 +342,47 @@ def test_without_the_harness_the_extra_is_named(settings, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MedcotError, match=r"pip install 'medcot\[harness\]'"):
         run_harness(settings, ["medqa_4options"])
+
+
+def test_batches_hold_like_lengths_and_fit_the_memory(settings):
+    from types import SimpleNamespace
+
+    from medcot.inference import _batches_that_fit
+
+    # The 8B's shape: 131,072 bytes of keys and values a token.
+    config = SimpleNamespace(
+        num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, hidden_size=4096, intermediate_size=14336
+    )
+    prompts = [[0] * length for length in (*[200] * 40, *[1000] * 10)]
+    t4 = replace(settings, max_new_tokens=1024, generation_batch_size=32, generation_memory_gib=6.0)
+    batches = _batches_that_fit(range(50), prompts, SimpleNamespace(config=config), t4)
+    assert [row for batch in batches for row in batch] == list(range(50))
+    for batch in batches:
+        longest = max(len(prompts[row]) for row in batch)
+        assert len(batch) * (131_072 * (2 * longest + 1280) + longest * 307_200) <= 6 * 2**30
+    assert len(batches[0]) == 22
+    tight = replace(t4, generation_memory_gib=0.001)
+    assert [len(batch) for batch in _batches_that_fit(range(50), prompts, SimpleNamespace(config=config), tight)] == [
+        1
+    ] * 50
+
+
+def test_a_batch_that_does_not_fit_is_tried_once_more_and_then_named(base, rows, settings, monkeypatch):
+    model, tokenizer = base
+    whole = generate_answers(model, tokenizer, rows, settings)
+    generate, failures = model.generate, []
+
+    def starved(**inputs):
+        if len(failures) < limit:
+            failures.append(len(inputs["input_ids"]))
+            raise torch.OutOfMemoryError("injected: this machine has no GPU to fill")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", starved)
+    whole.path.unlink()
+    limit = 1
+    assert generate_answers(model, tokenizer, rows, settings).items == whole.items and len(failures) == 1
+    whole.path.unlink()
+    limit = 3
+    with pytest.raises(MedcotError, match=r"out of memory with 6 questions of .* lower generation_batch_size"):
+        generate_answers(model, tokenizer, rows, settings)
