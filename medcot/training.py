@@ -236,7 +236,8 @@ def _seal(checkpoint: Path, identity: dict):
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if nothing is."""
     try:
-        files = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))["files"]
+        sealed = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        files, _, _ = sealed["files"], sealed["settings"].items(), sealed["examples"]
         wrong = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     except FileNotFoundError as error:
         return "was not finished" if Path(error.filename).name == CHECKPOINT_FILE else f"lacks {error.filename}"
