@@ -135,7 +135,7 @@ def _data_files(path: Path) -> tuple[str, list[str]]:
         with file.open("rb") as content:
             magic = content.read(4)
         # `datasets` unpacks what looks like an archive, whatever its name is.
-        if any(magic.startswith(start) for start in _ARCHIVES) or is_tarfile(file):
+        if magic.startswith(_ARCHIVES) or (magic.strip(b"\0") and is_tarfile(file)):
             raise MedcotError(f"{file} is an archive: unpack it and name the files in it")
     kinds = {FILE_TYPES.get(file.suffix) for file in files}
     if None in kinds or len(kinds) != 1:
@@ -147,8 +147,15 @@ def _data_files(path: Path) -> tuple[str, list[str]]:
 def _split(rows, revision, settings) -> Splits:
     dropped = {}
     for column in COLUMNS:
-        if str(rows.features[column].dtype) not in ("string", "large_string", "null"):
-            raise MedcotError(f"{settings.dataset}: column {column} holds {rows.features[column].dtype}, not text")
+        kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
+        if kind not in ("string", "large_string", "null"):
+            raise MedcotError(f"{settings.dataset}: column {column} holds {kind}, not text")
+        try:
+            rows[column][:]
+        except UnicodeDecodeError as error:
+            raise MedcotError(
+                f"{settings.dataset}: column {column} is not UTF-8 ({error}): convert the file"
+            ) from error
     empty = {i for column in COLUMNS for i, text in enumerate(rows[column]) if not (text or "").strip()}
     dropped["with an empty field dropped"] = len(empty)
     usable = [i for i in range(len(rows)) if i not in empty]

@@ -268,7 +268,7 @@ def _load_adapter(model, settings, folder: Path):
     try:
         config = LoraConfig.from_pretrained(folder)
         ranks = {len(weight) for name, weight in weights.items() if "lora_A" in name}
-        if ranks != {config.r}:
+        if config.r not in ranks:
             raise ValueError(
                 f"r is {config.r} and the weights have rank {', '.join(map(str, sorted(ranks))) or 'none'}"
             )
