@@ -54,8 +54,11 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
             f"examples have {sum(lengths):,} tokens"
         )
     from transformers import PrinterCallback
+    from transformers.training_args import OptimizerNames
     from trl import SFTConfig, SFTTrainer
 
+    if settings.optim not in list(OptimizerNames):
+        raise MedcotError(f"optim={settings.optim!r} is unknown: adamw_8bit is usual, adamw_torch takes more memory")
     arguments = SFTConfig(
         output_dir=str(settings.output_dir / "checkpoints"),
         max_length=settings.max_seq_length,
@@ -89,6 +92,7 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         report_to=settings.report_to,
         disable_tqdm=True,  # a bar as text instead, which also a batch log and a terminal show
     )
+    adapters = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     trainer = SFTTrainer(
         model=for_training(model),
         processing_class=tokenizer,
@@ -97,9 +101,8 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         eval_dataset=held_out,
         callbacks=[_callback(settings)],
     )
-    for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL makes them bfloat16 on a CPU; a checkpoint comes back as float32
-            weight.data = weight.data.float()
+    for weight, values in adapters:  # TRL rounds them to bfloat16 on a CPU; a checkpoint comes back as float32
+        weight.data = values.float()
     _run_callback(trainer).trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
@@ -379,7 +382,7 @@ def _callback(settings):
             if settings.session_minutes and time.time() - self.session >= 60 * settings.session_minutes:
                 self.stop = self.stop or f"session_minutes={settings.session_minutes:g} are used"
             if self.stop and not control.should_training_stop:
-                note = f"stopped at step {state.global_step} ({self.stop})"
+                note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
                 state.log_history.append({"step": state.global_step, "note": note})
                 control.should_save = control.should_training_stop = True
             if control.should_save:

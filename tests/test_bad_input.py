@@ -14,11 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_data import rows
 
-from medcot import cli, generate_answers, load_baseline, load_model, load_splits, load_tokenizer
+from medcot import (
+    add_lora,
+    cli,
+    generate_answers,
+    kaggle,
+    load_baseline,
+    load_model,
+    load_splits,
+    load_tokenizer,
+    make_trainer,
+    write_run_card,
+)
 from medcot.prompts import format_prompt, parse_completion
 from medcot.settings import EMBEDDED_MODEL, PROFILES, MedcotError
 
@@ -413,8 +425,71 @@ def test_hostile_kept_answers(case, trained, tmp_path):
     assert listing(tmp_path) == before
 
 
+# --- kaggle-metadata.json --------------------------------------------------------------------------------------------
+
+
+def put(*steps, value):
+    """The project's own metadata with one value replaced."""
+
+    def change(text):
+        metadata = json.loads(text)
+        *path, last = steps
+        inner = metadata
+        for step in path:
+            inner = inner[step]
+        inner[last] = value
+        return json.dumps(metadata).encode()
+
+    return change
+
+
+METADATA = {
+    "empty": (lambda text: b"", "kaggle-metadata.json"),
+    "no JSON": (lambda text: b"{", "kaggle-metadata.json"),
+    "no UTF-8": (lambda text: text.decode().encode("utf-16"), "kaggle-metadata.json"),
+    "a list": (lambda text: b"[]", "kaggle-metadata.json"),
+    "nested too deep": (lambda text: b"[" * 100_000, "kaggle-metadata.json"),
+    "no kernels": (put("kernels", value=[]), "kernels"),
+    "a number for the kernels": (put("kernels", value=7), "kernels"),
+    "a notebook that climbs": (put("kernels", 0, "notebook", value="../../../etc/hostname"), "notebook"),
+    "an absolute notebook": (put("kernels", 0, "notebook", value="/etc/hostname"), "notebook"),
+    "a slug that climbs": (put("kernels", 0, "slug", value="../../escaped"), "slug"),
+    "a number for the slug": (put("kernels", 0, "slug", value=7), "slug"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_hostile_kaggle_metadata(case, tmp_path):
+    change, words = METADATA[case]
+    root = tmp_path / "a" / "b" / "clone"
+    shutil.copytree(REPOSITORY / "notebooks", root / "notebooks")
+    (root / "kaggle-metadata.json").write_bytes(change((REPOSITORY / "kaggle-metadata.json").read_bytes()))
+    before = listing(tmp_path)
+    with pytest.raises(MedcotError) as error:
+        kaggle.stage(root, "anna")
+    assert words in str(error.value) and "Traceback" not in str(error.value)
+    assert listing(tmp_path) == before
+
+
+def test_an_unknown_optimizer_and_unknown_modules_are_one_error(trained):
+    settings = replace(trained.settings, optim="adamw_9bit", target_modules=("q_proj", "c_attn"))
+    with pytest.raises(MedcotError) as error:
+        make_trainer(trained.model, trained.tokenizer, trained.trainer.train_dataset, settings)
+    one_error(str(error.value), "optim='adamw_9bit' is unknown")
+    with pytest.raises(MedcotError) as error:
+        add_lora(trained.model, settings)
+    one_error(str(error.value), "target_modules names c_attn, which")
+
+
+def test_a_training_record_that_is_none_is_one_error(tmp_path, settings):
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(MedcotError) as error:
+        write_run_card(None, settings, None)
+    one_error(str(error.value), "run 02_finetune.ipynb with the same profile first")
+
+
 def test_there_are_enough_cases():
-    tables = (FILES, NAMES, ENVIRONMENTS, SETTINGS, CONTROL, ADAPTERS, MODELS, ANSWERS)
+    tables = (FILES, NAMES, ENVIRONMENTS, SETTINGS, CONTROL, ADAPTERS, MODELS, ANSWERS, METADATA)
     assert sum(map(len, tables)) >= 60
 
 

@@ -128,7 +128,7 @@ def test_the_end_of_the_session_stops_cleanly_and_the_next_one_goes_on(do, whole
     steps = record(out)["steps"]
     assert 0 < steps < STEPS and checkpoints(out)[-1].name == f"checkpoint-{steps}"
     assert f"stopped at step {steps} of {STEPS} (session_minutes=0.015 are used). Continue with this notebook" in output
-    assert record(out)["notes"] == [f"stopped at step {steps} (session_minutes=0.015 are used)"]
+    assert record(out)["notes"] == [f"stopped at step {steps} of {STEPS} (session_minutes=0.015 are used)"]
     assert (out / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
     seconds = record(out)["seconds"]
     status, output = do("job_train", out=out)
