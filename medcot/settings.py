@@ -259,6 +259,7 @@ def load_settings() -> Settings:
     questions, the output folder and the folder of an earlier session's output. Raises MedcotError for an
     unknown profile and for a profile that needs a GPU where there is none.
     """
+    telemetry_off()
     import torch  # here, because the rooms that only read settings start without it
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -326,6 +327,15 @@ def _default_output(profile: str) -> Path:
     here = Path.cwd()
     root = next((folder for folder in (here, *here.parents) if (folder / "kaggle-metadata.json").is_file()), here)
     return root / "outputs" / profile
+
+
+def telemetry_off():
+    """Switches the libraries' telemetry off where the environment does not ask for it.
+
+    They read these when they are imported, so it is done with the settings, before any of them is.
+    """
+    for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
 
 
 def _check_output(folder: Path):
