@@ -189,7 +189,7 @@ def last_checkpoint(settings, examples) -> Path | None:
         if damage := _damage(checkpoint):
             print(f"{checkpoint} {damage}: passed over for the one before")
             if checkpoint.parent == folders[0]:
-                shutil.rmtree(checkpoint)  # or it would count as one of the two that are kept
+                shutil.rmtree(checkpoint, ignore_errors=True)  # or it would count as one of the two that are kept
             continue
         there = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
         if odd := _differences(there, _identity(settings, examples)):
@@ -381,6 +381,10 @@ def _callback(settings):
                     )
             if settings.session_minutes and time.time() - self.session >= 60 * settings.session_minutes:
                 self.stop = self.stop or f"session_minutes={settings.session_minutes:g} are used"
+            if args.world_size > 1:  # clocks and signals differ between processes, and all must stop at one step
+                stops = [None] * args.world_size
+                torch.distributed.all_gather_object(stops, self.stop)
+                self.stop = next((stop for stop in stops if stop), None)
             if self.stop and not control.should_training_stop:
                 note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
                 state.log_history.append({"step": state.global_step, "note": note})
