@@ -7,12 +7,14 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import is_tarfile
 
 from .prompts import THINK_CLOSE, THINK_OPEN, format_completion, format_prompt
 from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError, hub_revision, patiently
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_ARCHIVES = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zX", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 # The question that the project this one rebuilds shows before and after; it stands in its training rows.
 SHOWCASE_QUESTION = (
@@ -86,7 +88,11 @@ def _read_rows(settings):
     import datasets
 
     path = Path(settings.dataset)
-    if path.exists():
+    try:
+        local = path.exists()
+    except OSError as error:
+        raise MedcotError(f"dataset={settings.dataset[:200]!r}: {error.strerror}, name a file or a hub name") from error
+    if local:
         kind, files = _data_files(path)
         arguments, revision = {"path": kind, "data_files": files}, None
     elif path.is_absolute() or path.suffix in FILE_TYPES or settings.dataset.startswith("."):
@@ -98,13 +104,9 @@ def _read_rows(settings):
         rows = patiently(lambda: datasets.load_dataset(**arguments, split="train"), settings.dataset)
     except Exception as error:  # the library raises a different class for each way a file can be wrong
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        cure = (
-            "check that the file is what its name says"
-            if path.exists()
-            else "check its name, configuration and network"
-        )
+        cure = "check that the file is what its name says" if local else "check its name, configuration and network"
         raise MedcotError(f"{settings.dataset} could not be read ({reason[0][:200]}): {cure}") from error
-    if not path.exists():
+    if not local:
         # Without the hub `datasets` takes whatever commit it cached last, whatever `revision` says.
         commit = Path(rows.cache_files[0]["filename"]).parent.name
         if revision not in (None, commit):
@@ -127,6 +129,14 @@ def _read_rows(settings):
 def _data_files(path: Path) -> tuple[str, list[str]]:
     """The `datasets` loader for a file or folder, and the files, in name order."""
     files = sorted(f for f in path.rglob("*") if f.suffix in FILE_TYPES) if path.is_dir() else [path]
+    for file in files:
+        if not file.is_file():
+            raise MedcotError(f"{file} is no regular file: give files of one kind out of {', '.join(FILE_TYPES)}")
+        with file.open("rb") as content:
+            magic = content.read(4)
+        # `datasets` unpacks what looks like an archive, whatever its name is.
+        if magic.startswith(_ARCHIVES) or (magic.strip(b"\0") and is_tarfile(file)):
+            raise MedcotError(f"{file} is an archive: unpack it and name the files in it")
     kinds = {FILE_TYPES.get(file.suffix) for file in files}
     if None in kinds or len(kinds) != 1:
         found = ", ".join(sorted({file.suffix or file.name for file in files})) or "no data file"
@@ -137,8 +147,15 @@ def _data_files(path: Path) -> tuple[str, list[str]]:
 def _split(rows, revision, settings) -> Splits:
     dropped = {}
     for column in COLUMNS:
-        if str(rows.features[column].dtype) not in ("string", "large_string", "null"):
-            raise MedcotError(f"{settings.dataset}: column {column} holds {rows.features[column].dtype}, not text")
+        kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
+        if kind not in ("string", "large_string", "null"):
+            raise MedcotError(f"{settings.dataset}: column {column} holds {kind}, not text")
+        try:
+            rows[column][:]
+        except UnicodeDecodeError as error:
+            raise MedcotError(
+                f"{settings.dataset}: column {column} is not UTF-8 ({error}): convert the file"
+            ) from error
     empty = {i for column in COLUMNS for i, text in enumerate(rows[column]) if not (text or "").strip()}
     dropped["with an empty field dropped"] = len(empty)
     usable = [i for i in range(len(rows)) if i not in empty]

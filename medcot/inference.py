@@ -156,8 +156,10 @@ def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict,
 
 def _difference(path: Path, header: dict) -> str:
     """In words, where the header of an answers file differs from `header`."""
-    with path.open(encoding="utf-8") as file:
-        found = json.loads(file.readline() or "{}")
+    try:
+        found = dict(json.loads(path.read_bytes().split(b"\n")[0] or "{}"))
+    except (TypeError, ValueError):
+        return "everything (it holds no answers)"
     odd = [name for name in header if found.get(name) != header[name]]
     return ", ".join(f"{name} ({str(found.get(name))[:60]} there, {str(header[name])[:60]} now)" for name in odd)
 
@@ -191,7 +193,7 @@ def _read(path: Path, header: dict, rows: int, keys: dict, finished: bool = Fals
     for number, line in enumerate(lines[:-1], 1):
         try:
             kept.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MedcotError(f"{path}, line {number}: not a JSON object ({error}): {cure}") from error
         if number == 1 and kept[0] != header:
             raise MedcotError(f"{path}, line 1: differs in {_difference(path, header)}: {cure}")

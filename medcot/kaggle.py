@@ -116,7 +116,7 @@ def read_metadata(root: Path, owner: str | None = None) -> list[Kernel]:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MedcotError(f"{path} not found: run this from a clone of the project") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MedcotError(f"{path} is not JSON ({error}): mend it, or take it from the repository again") from error
     wrong = _misfits(metadata, _TOP, "top level")
     defaults = metadata.get("defaults", {}) if not wrong else {}

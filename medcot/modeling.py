@@ -7,8 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from .prompts import THINK_CLOSE, THINK_OPEN, format_prompt
-from .settings import NOTICE, MedcotError, check_disk, hub_revision, patiently
+from .prompts import THINK_CLOSE, THINK_OPEN, escape, format_prompt
+from .settings import NOTICE, MedcotError, check_disk, hub_revision, patiently, telemetry_off
 
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
@@ -27,8 +27,7 @@ _PADS = ("<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|reserved_special_t
 
 def _unsloth():
     """Unsloth, imported before anything that it patches, with its telemetry and that of its libraries off."""
-    for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(variable, "1")
+    telemetry_off()
     # Replays each decoding step as one CUDA graph: the same arithmetic without the launch of hundreds of kernels a token.
     os.environ.setdefault("UNSLOTH_DECODE_CUDA_GRAPHS", "1")
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
@@ -54,13 +53,17 @@ def load_tokenizer(source: str, revision: str | None = None, local_files_only: b
             ),
             source,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MedcotError(f"no tokenizer at {source} ({reason[:200]}): name a model folder or hub name") from error
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise MedcotError(f"no tokenizer at {source} ({_reason(error)}): name a model folder or hub name") from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = next((pad for pad in _PADS if pad in tokenizer.get_vocab()), None)
     check_tokenizer(tokenizer, source)
     return tokenizer
+
+
+def _reason(error) -> str:
+    """The first line of what an error says, cut to what fits a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_tokenizer(tokenizer, source):
@@ -84,6 +87,11 @@ def check_tokenizer(tokenizer, source):
     for tag in (THINK_OPEN, THINK_CLOSE):
         if len(tokenizer.encode(tag, add_special_tokens=False)) != 1:
             wrong.append(f"{tag} is not one token")
+    for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        if token and tokenizer.convert_tokens_to_ids(token) in tokenizer.encode(
+            escape(token), add_special_tokens=False
+        ):
+            wrong.append(f"{token} inside a question could not be told from the token")
     if wrong:
         raise MedcotError(
             f"the tokenizer at {source} cannot be used: {'; '.join(wrong)}. Cure: take tokenizer.json and "
@@ -113,6 +121,7 @@ def load_model(settings, adapter: Path | None = None):
     local = not folder.is_dir() and hub_revision("model", settings.model, settings.model_revision) is None
     tokenizer = load_tokenizer(settings.model, settings.model_revision, local)
     import torch
+    from safetensors import SafetensorError
 
     try:
         model, _ = patiently(
@@ -128,10 +137,9 @@ def load_model(settings, adapter: Path | None = None):
             ),
             settings.model,
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MedcotError(
-            f"model {settings.model} could not be loaded ({reason[:200]}): check its name and the network"
+            f"model {settings.model} could not be loaded ({_reason(error)}): check its name and the network"
         ) from error
     if adapter is not None:
         model = _load_adapter(model, settings, Path(adapter))
@@ -165,7 +173,16 @@ def report_memory(after: str):
 
 
 def add_lora(model, settings):
-    """The model with fresh LoRA adapters on `target_modules`, ready to train; returns a `peft.PeftModel`."""
+    """The model with fresh LoRA adapters on `target_modules`, ready to train; returns a `peft.PeftModel`.
+
+    Raises MedcotError for a module that the model does not have.
+    """
+    there = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if missing := [name for name in settings.target_modules if name not in there]:
+        raise MedcotError(
+            f"target_modules names {', '.join(missing)}, which {settings.model} does not have: choose from "
+            f"{', '.join(sorted(name for name in there if name.endswith('_proj')))}"
+        )
     return _unsloth().FastLanguageModel.get_peft_model(
         model,
         r=settings.r,
@@ -258,16 +275,26 @@ def _load_adapter(model, settings, folder: Path):
     from safetensors.torch import load_file
 
     weights_file = folder / "adapter_model.safetensors"
-    config = LoraConfig.from_pretrained(folder)
-    model = add_lora(
-        model,
-        replace(settings, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                target_modules=tuple(sorted(config.target_modules))),
-    )  # fmt: skip
     try:
         weights = load_file(weights_file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise MedcotError(f"{weights_file} is damaged ({error}): run 02_finetune.ipynb again") from error
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        ranks = {len(weight) for name, weight in weights.items() if "lora_A" in name}
+        if config.r not in ranks:
+            raise ValueError(
+                f"r is {config.r} and the weights have rank {', '.join(map(str, sorted(ranks))) or 'none'}"
+            )
+        settings = replace(settings, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                           target_modules=tuple(sorted(config.target_modules)))  # fmt: skip
+    except Exception as error:  # peft raises whatever the wrong value runs into
+        raise MedcotError(
+            f"{folder / 'adapter_config.json'} does not fit ({_reason(error)}): run 02_finetune.ipynb again"
+        ) from error
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise MedcotError(f"{weights_file} holds numbers that are not finite: run 02_finetune.ipynb again")
+    model = add_lora(model, settings)
     expected = {name: tuple(w.shape) for name, w in get_peft_model_state_dict(model).items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     if expected != found:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .evaluation import CHANGES, LEVEL, POWER
-from .settings import EMBEDDED_CASES, EMBEDDED_MODEL, NOTICE
+from .settings import EMBEDDED_CASES, EMBEDDED_MODEL, NOTICE, MedcotError
 from .tracking import HELD_OUT, INK
 
 SCHEMA_VERSION = 1
@@ -325,9 +325,15 @@ def write_run_card(comparison, settings, splits, questions=None):
     """Writes `RUN.md` and `comparison.json` from what the run recorded, nothing by hand, and returns the card's path.
 
     The same text with Hugging Face front matter becomes `README.md` of the adapter folder, its model card. Raises
-    FileNotFoundError if 02_finetune has left no `training.json`.
+    MedcotError if 02_finetune has left no `training.json` or one that cannot be read.
     """
-    record = json.loads((settings.output_dir / "training.json").read_text(encoding="utf-8"))
+    path = settings.output_dir / "training.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MedcotError(
+            f"{path} cannot be read ({error}): run 02_finetune.ipynb with the same profile first"
+        ) from error
     write_comparison(comparison, settings, splits, questions)
     card = _run_card(comparison, settings, splits, questions, record)
     path = settings.output_dir / "RUN.md"
@@ -359,6 +365,8 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
 | steps, epochs | {record["steps"]}, {record["epochs"]:.2f} over {record["examples"]} examples |
 | training | {record["seconds"]:.0f} s on {record["device"]} |
 | peak memory | {memory} |
+| updates skipped | {record.get("skipped_updates", 0)}, as gradients were not finite |
+| incidents | {"; ".join(record.get("notes", [])) or "none"} |
 | training loss | {losses[0][1]:.4f} at step {losses[0][0]}, {losses[-1][1]:.4f} at step {losses[-1][0]} |
 | versions | Python {record["python"]}, {versions} |
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
@@ -139,24 +139,34 @@ class Settings:
 
     def __post_init__(self):
         wrong = [
+            f"{field.name}={getattr(self, field.name)!r}: must be {_KINDS[field.type]}"
+            for field in fields(self)
+            if field.type in _KINDS and not _is(getattr(self, field.name), field.type)
+        ]
+        if wrong:  # the comparisons below take the kinds for granted
+            raise MedcotError("these settings cannot run: " + "; ".join(wrong))
+        wrong = [
             f"{name}={getattr(self, name)!r}: must be a whole number of at least {least}"
             for name, least in _LEAST.items()
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least
+            if getattr(self, name) < least
         ]
+        wrong += [f"{name} is empty: name one" for name in ("model", "dataset") if not getattr(self, name).strip()]
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wrong.append(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             wrong.append(f"learning_rate={self.learning_rate}: must be above 0, 2e-4 is usual for LoRA")
         if not 0 <= self.lora_dropout < 1:
             wrong.append(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
-        if self.activation_memory_gib < 0:
+        if not 0 <= self.weight_decay < float("inf"):
+            wrong.append(f"weight_decay={self.weight_decay}: must be 0 or more, 0.01 is usual")
+        if not 0 <= self.activation_memory_gib < float("inf"):
             wrong.append(f"activation_memory_gib={self.activation_memory_gib}: 0 recomputes every layer, 8 suits a T4")
         if not 0 <= self.session_minutes < float("inf"):
             wrong.append(f"session_minutes={self.session_minutes}: 0 sets no limit, 700 suits Kaggle's 12 hours")
         if not self.generation_memory_gib > 0:
             wrong.append(f"generation_memory_gib={self.generation_memory_gib}: must be above 0, 5 suits a T4")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
         if not self.target_modules or isinstance(self.target_modules, str):
             wrong.append(f"target_modules={self.target_modules!r}: name at least one projection, as a tuple")
@@ -190,6 +200,10 @@ class Settings:
         return self.output_dir / ADAPTER_FOLDER
 
 
+_KINDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", str | None: "text or nothing",
+    Path: "a path", Path | None: "a path or nothing",
+}  # fmt: skip
 _LEAST = {
     "max_seq_length": 128, "train_rows": 1, "eval_rows": 1, "answer_rows": 1, "r": 1, "lora_alpha": 1,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "nproc_per_node": 1, "max_steps": 1, "warmup_steps": 0,
@@ -201,6 +215,14 @@ _CHOICES = {
     "report_to": ("wandb", "none"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
 }
+
+
+def _is(value, kind) -> bool:
+    """Whether a setting has the kind of its field; a whole number is a number, true is none, text names a path."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {float: int | float, Path: str | Path, Path | None: str | Path | None}.get(kind, kind))
+
 
 _KAGGLE_T4 = Settings(profile="kaggle-t4")
 # The same rows, the same eight examples a step and the same losses, arranged for speed (docs: README, Speed).
@@ -241,6 +263,7 @@ def load_settings() -> Settings:
     questions, the output folder and the folder of an earlier session's output. Raises MedcotError for an
     unknown profile and for a profile that needs a GPU where there is none.
     """
+    telemetry_off()
     import torch  # here, because the rooms that only read settings start without it
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -270,6 +293,7 @@ def load_settings() -> Settings:
         if os.environ.get(variable):
             changes[field] = os.environ[variable]
     settings = replace(settings, **changes)
+    _check_output(settings.output_dir)
     print(
         f"profile {settings.profile} ({why}), model {settings.model}, data {settings.dataset}, "
         f"device {gpu if settings.device == 'cuda' else 'CPU'}, files in {settings.output_dir}"
@@ -307,6 +331,25 @@ def _default_output(profile: str) -> Path:
     here = Path.cwd()
     root = next((folder for folder in (here, *here.parents) if (folder / "kaggle-metadata.json").is_file()), here)
     return root / "outputs" / profile
+
+
+def telemetry_off():
+    """Switches the libraries' telemetry off where the environment does not ask for it.
+
+    They read these when they are imported, so it is done with the settings, before any of them is.
+    """
+    for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
+
+
+def _check_output(folder: Path):
+    """Raises MedcotError if files cannot be written below a folder; makes nothing."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise MedcotError(f"MEDCOT_OUT={str(folder)[:200]!r}: {error.strerror}, name another folder") from error
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise MedcotError(f"{there} is no folder that can be written to: set MEDCOT_OUT to one")
 
 
 def check_disk(folder: Path, needed: int):

@@ -54,8 +54,11 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
             f"examples have {sum(lengths):,} tokens"
         )
     from transformers import PrinterCallback
+    from transformers.training_args import OptimizerNames
     from trl import SFTConfig, SFTTrainer
 
+    if settings.optim not in list(OptimizerNames):
+        raise MedcotError(f"optim={settings.optim!r} is unknown: adamw_8bit is usual, adamw_torch takes more memory")
     arguments = SFTConfig(
         output_dir=str(settings.output_dir / "checkpoints"),
         max_length=settings.max_seq_length,
@@ -89,6 +92,7 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         report_to=settings.report_to,
         disable_tqdm=True,  # a bar as text instead, which also a batch log and a terminal show
     )
+    adapters = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     trainer = SFTTrainer(
         model=for_training(model),
         processing_class=tokenizer,
@@ -97,9 +101,8 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
         eval_dataset=held_out,
         callbacks=[_callback(settings)],
     )
-    for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL makes them bfloat16 on a CPU; a checkpoint comes back as float32
-            weight.data = weight.data.float()
+    for weight, values in adapters:  # TRL rounds them to bfloat16 on a CPU; a checkpoint comes back as float32
+        weight.data = values.float()
     _run_callback(trainer).trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
@@ -186,7 +189,7 @@ def last_checkpoint(settings, examples) -> Path | None:
         if damage := _damage(checkpoint):
             print(f"{checkpoint} {damage}: passed over for the one before")
             if checkpoint.parent == folders[0]:
-                shutil.rmtree(checkpoint)  # or it would count as one of the two that are kept
+                shutil.rmtree(checkpoint, ignore_errors=True)  # or it would count as one of the two that are kept
             continue
         there = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
         if odd := _differences(there, _identity(settings, examples)):
@@ -236,7 +239,8 @@ def _seal(checkpoint: Path, identity: dict):
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if nothing is."""
     try:
-        files = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))["files"]
+        sealed = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        files, _, _ = sealed["files"], sealed["settings"].items(), sealed["examples"]
         wrong = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     except FileNotFoundError as error:
         return "was not finished" if Path(error.filename).name == CHECKPOINT_FILE else f"lacks {error.filename}"
@@ -377,8 +381,12 @@ def _callback(settings):
                     )
             if settings.session_minutes and time.time() - self.session >= 60 * settings.session_minutes:
                 self.stop = self.stop or f"session_minutes={settings.session_minutes:g} are used"
+            if args.world_size > 1:  # clocks and signals differ between processes, and all must stop at one step
+                stops = [None] * args.world_size
+                torch.distributed.all_gather_object(stops, self.stop)
+                self.stop = next((stop for stop in stops if stop), None)
             if self.stop and not control.should_training_stop:
-                note = f"stopped at step {state.global_step} ({self.stop})"
+                note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
                 state.log_history.append({"step": state.global_step, "note": note})
                 control.should_save = control.should_training_stop = True
             if control.should_save:

@@ -128,7 +128,7 @@ def test_the_end_of_the_session_stops_cleanly_and_the_next_one_goes_on(do, whole
     steps = record(out)["steps"]
     assert 0 < steps < STEPS and checkpoints(out)[-1].name == f"checkpoint-{steps}"
     assert f"stopped at step {steps} of {STEPS} (session_minutes=0.015 are used). Continue with this notebook" in output
-    assert record(out)["notes"] == [f"stopped at step {steps} (session_minutes=0.015 are used)"]
+    assert record(out)["notes"] == [f"stopped at step {steps} of {STEPS} (session_minutes=0.015 are used)"]
     assert (out / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
     seconds = record(out)["seconds"]
     status, output = do("job_train", out=out)
@@ -477,14 +477,23 @@ def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
         assert not [name for name, key in PLANTED.items() if key.encode() in text]
 
 
-def test_telemetry_is_off_before_unsloth_is_imported(do, tmp_path):
-    status, output = do("job_environment")
-    assert status == 0 and output.split()[-5:] == ["1", "1", "1", "false", "false"]
+TELEMETRY = """
+from medcot import load_settings, load_splits
+load_splits(load_settings())
+import os, huggingface_hub.constants as hub
+from medcot.tracking import configure_wandb
+from medcot.settings import PROFILES
+configure_wandb(PROFILES["smoke"])
+names = "UNSLOTH_DISABLE_STATISTICS DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"
+print(hub.HF_HUB_DISABLE_TELEMETRY, *(os.environ[name] for name in names.split()))
+"""
 
 
-def job_environment(loaded):
-    from medcot.tracking import configure_wandb
-
-    configure_wandb(replace(PROFILES["smoke"], report_to="none", output_dir="/tmp"))
-    names = "UNSLOTH_DISABLE_STATISTICS HF_HUB_DISABLE_TELEMETRY DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"
-    print(*(os.environ[name] for name in names.split()))
+def test_telemetry_is_off_without_being_asked(tmp_path):
+    environment = os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path)}
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        environment.pop(name, None)
+    run = subprocess.run(
+        [sys.executable, "-c", TELEMETRY], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert run.stdout.splitlines()[-1] == "True 1 1 false false"
