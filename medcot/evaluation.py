@@ -111,6 +111,8 @@ def _question(row, place: str) -> dict:
     lacking = [name for name, v in {"question": question, "choices": choices, "answer": answer}.items() if v is None]
     if lacking:
         raise MedcotError(f"{place}: has no {', '.join(lacking)}; it has {', '.join(row)}: name its columns so")
+    if isinstance(choices, dict):  # a table has a column for every letter any row uses, empty where this one does not
+        choices = {letter: text for letter, text in choices.items() if text is not None}
     letters = sorted(choices) if isinstance(choices, dict) else [chr(ord("A") + i) for i in range(len(choices))]
     texts = [choices[letter] for letter in letters] if isinstance(choices, dict) else list(choices)
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -198,6 +200,10 @@ def extract_choice(text: str, choices) -> int | None:
     only such letter; an option's text as whole words, ignoring case and punctuation (of overlapping ones the longest);
     an option's text of six characters or more, but for a slip of spelling (the same first four letters of every word,
     rapidfuzz ratio of at least 90).
+
+    How far to trust it: 98 reference Responses of medical-o1-reasoning-SFT, written without the options in sight, name one
+    of their question's options in 38; 27 of these are the gold option and 11 another (11 % of all, 29 % of those
+    extracted): 2 because the Response itself differs from gold, 9 because it ends on an option that it argues against.
     """
     for pattern, alone in ((re.compile(_LETTER.pattern, re.IGNORECASE), False), (_LONE_LETTER, True)):
         letters = [m["letter"] for m in pattern.finditer(text) if m["letter"].isupper()]
@@ -259,7 +265,7 @@ class Outcome:
     correct: bool | None
     """The right option was chosen, or the row's `answer` stands in the response as whole words; None without either."""
     steps_correct: bool | None
-    """Every line of the reasoning equals the reference's; None where rows carry no `answer`."""
+    """Every line of the reasoning equals the reference's; None for rows without a family, whose wording is free."""
     closed: bool = True
     """`</think>` was written."""
     stopped: bool = True
@@ -288,7 +294,7 @@ def grade(row, answer) -> Outcome:
     elif row.get("answer"):
         words = re.escape(normalise(row["answer"]))
         correct = re.search(rf"(?<!\w){words}(?!\w)", normalise(parsed.response)) is not None
-    if row.get("answer") and row.get("Complex_CoT"):
+    if row.get("answer") and row.get("family"):
         steps = _lines(parsed.reasoning) == _lines(row["Complex_CoT"])
     return Outcome(
         well_formed=not parsed.problems, correct=correct, steps_correct=steps,
@@ -668,7 +674,7 @@ def _pair(before, after, rows) -> list[dict]:
         )
     paired = []
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        row = rows[i]
+        row = _with_choices(rows[i], i)
         plain = row["Question"] if "Question" in row else row["question"]
         for side, answers in ((old, before), (new, after)):
             # A question asked with its options listed starts with the question.
@@ -681,10 +687,6 @@ def _pair(before, after, rows) -> list[dict]:
             raise MedcotError(
                 f"row {i} ({plain[:60]!r}) has no reference (Response): answers cannot be compared with it"
             )
-        if row.get("choices") and row.get("answer_index") not in range(len(row["choices"])):
-            raise MedcotError(
-                f"row {i}: answer_index {row.get('answer_index')} is out of range for {len(row['choices'])} choices"
-            )
         outcomes = grade(row, old), grade(row, new)
         expected = row["choices"][row["answer_index"]] if row.get("choices") else row.get("answer") or row["Response"]
         paired.append(
@@ -695,6 +697,17 @@ def _pair(before, after, rows) -> list[dict]:
             }
         )  # fmt: skip
     return paired
+
+
+def _with_choices(row, i: int) -> dict:
+    """An evaluation row, with `choices` and `answer_index` where it carries options in any known form; checked."""
+    if not row.get("choices") and not (row.get("options") and row.get("answer_idx") is not None):
+        return row
+    found = _question({"question": "-", **{name: row[name] for name in row if name in _OPTIONS}}, f"evaluation row {i}")
+    return row | _graded(found)
+
+
+_OPTIONS = ("choices", "options", "answer_index", "answer_idx", "answer")
 
 
 def _change(before: Outcome, after: Outcome) -> str:

@@ -122,12 +122,14 @@ def load_baseline(settings, rows) -> Answers:
 def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict, Path]:
     """What identifies a set of answers, and the file that keeps them."""
     names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size temperature"
-    header = {"answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
-    header |= {name: getattr(settings, name) for name in names.split()}
+    name = BASELINE if weights == "base" else FINETUNED
+    # Only answers to the evaluation rows are headed "baseline": by that word a later session knows what 01 left.
+    header = {"answers": name if folder == "answers" else f"{folder}, {name}", "weights": weights}
+    header |= {field: getattr(settings, field) for field in names.split()}
     header |= {"seed": settings.seed} if settings.temperature else {}
     header["questions"] = hashlib.sha256("\0".join(rows["Question"]).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    return header, settings.output_dir / folder / f"{header['answers']}-{digest[:8]}.jsonl"
+    return header, settings.output_dir / folder / f"{name}-{digest[:8]}.jsonl"
 
 
 def _difference(path: Path, header: dict) -> str:
@@ -310,12 +312,13 @@ def _encoder(tokenizer):
 def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     """Scores `items` (row index -> prompt tokens, list of continuations' tokens), from the cache where it has them."""
     weights = weights_id(model)
+    name = BASELINE if weights == "base" else FINETUNED
     names = "model model_revision load_in_4bit device score_batch_tokens"
-    header = {"scores": what, "answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
-    header |= {name: getattr(settings, name) for name in names.split()}
+    header = {"scores": f"{what}, {name}", "weights": weights}
+    header |= {field: getattr(settings, field) for field in names.split()}
     header["tokens"] = hashlib.sha256(json.dumps(list(items.items())).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    path = settings.output_dir / "scores" / f"{header['answers']}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
+    path = settings.output_dir / "scores" / f"{name}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
     with only_process(path.parent):
         done = _read(path, header, max(items, default=0) + 1, _SCORE_KEYS)
         todo = [b for b in _batches_by_length(items, settings.score_batch_tokens) if not done.keys() >= set(b)]
@@ -328,7 +331,7 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     if odd:
         raise MedcotError(f"{path}: row {odd[0]} has other lengths than its texts: delete the file to start again")
     kept = {i: (tuple(done[i]["log_likelihood"]), tuple(done[i]["tokens"])) for i in items}
-    return Scores(header["answers"], path, kept)
+    return Scores(name, path, kept)
 
 
 def _score(model, tokenizer, items, todo, path, header, done):

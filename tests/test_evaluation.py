@@ -414,6 +414,21 @@ def test_a_missing_reference_is_named():
         compare(answers([RIGHT] * 2), answers([RIGHT] * 2), [ROWS[0], ROWS[1] | {"Response": " "}])
 
 
+def test_a_choice_out_of_range_is_named():
+    row = ROWS[0] | {"choices": ["score of 1", "score of 2"], "answer_index": 2}
+    with pytest.raises(MedcotError, match="evaluation row 0: answer 2 is out of range for its 2 choices"):
+        compare(answers([RIGHT]), answers([RIGHT]), [row])
+
+
+def test_rows_with_lettered_options_are_graded_by_them():
+    options = {"A": "score of 1", "B": "score of 2", "C": None}  # as `datasets` fills a column that other rows need
+    row = ROWS[0] | {"options": options, "answer_idx": "B", "family": None}
+    comparison = compare(answers([WRONG]), answers([RIGHT]), [row])
+    assert (named(comparison, "right answer").before, named(comparison, "right answer").after) == (0, 1)
+    assert comparison.rows[0]["expected"] == "score of 2"
+    assert "every step right" not in [m.name for m in comparison.measures]
+
+
 def test_scores_of_other_rows_are_refused():
     before, after = results([RIGHT], [1.0], [2]), results([RIGHT], [1.0], [2])
     with pytest.raises(MedcotError, match="row 1 was scored in only one of"):
