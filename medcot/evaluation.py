@@ -143,8 +143,10 @@ class Leaks:
     near: tuple[tuple[str, str, float], ...]
     """(evaluation question, training question, similarity of at least 95 out of 100)."""
 
-    def __contains__(self, question):
-        return normalise(question) in {normalise(found) for found in (*self.exact, *(near[0] for near in self.near))}
+    @property
+    def questions(self) -> set[str]:
+        """The evaluation questions that leaked, normalised."""
+        return {normalise(question) for question in (*self.exact, *(question for question, *_ in self.near))}
 
     def __str__(self):
         lines = [
@@ -389,7 +391,7 @@ class Measure:
         if self.detectable is None:
             return f"; n = {self.n} could not have shown any difference"
         if not self.detectable:
-            return "; no row differs"
+            return "; every row differs alike" if self.difference else "; no row differs"
         unit = "points" if self.unit == "%" else self.unit
         return f"; n = {self.n} would have shown {self._show(self.detectable)} {unit} or more in 4 of 5 runs"
 
@@ -488,14 +490,13 @@ def paired_means(name: str, before, after, weights=None, seed: int = 3407, **fie
         ).confidence_interval  # fmt: skip
         if math.isfinite(found.low) and math.isfinite(found.high):
             low, high = float(found.low), float(found.high)
-        detectable = float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER)) * float(rows.std(ddof=1))
     if n > 1 and (after != before).any():
         p_value = permutation_test(
             (before * weights, after * weights), lambda old, new, axis: (new - old).sum(axis), permutation_type="samples",
             vectorized=True, n_resamples=RESAMPLES, rng=numpy.random.default_rng(seed),
         ).pvalue  # fmt: skip
-    elif n > 1:
-        detectable = 0.0
+    if n > 5:  # of fewer rows the permutation test never gives p < 0.05: 2 / 2^5 = 0.06
+        detectable = float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER)) * float(rows.std(ddof=1))
     means = [float((values * weights).sum() / total) for values in (before, after)]
     return Measure(
         name, n, *means, low, high, float(p_value), "paired permutation", "paired bootstrap, BCa", detectable=detectable, **fields
@@ -587,7 +588,7 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
     answer is to another question than its row, a row has no reference, or the two are not of the same questions.
     """
     before, after = (_as_parts(side) for side in (before, after))
-    leaked = {} if leaks is None else {normalise(q) for q in (*leaks.exact, *(near[0] for near in leaks.near))}
+    leaked = set() if leaks is None else leaks.questions
     paired = _pair(before["answers"], after["answers"], rows)
     by_choice = () if questions is None else questions.rows
     if before["choice_answers"] is not None and after["choice_answers"] is not None:
@@ -631,7 +632,7 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
         )  # fmt: skip
     return Comparison(
         tuple(measures), tuple(kept), tuple(choice_rows), showcase, leaks,
-        left_out=len(paired) - len(kept) + len(by_choice) - len(kept_choices),
+        left_out=len(leaked),
         sources={
             name: [str(before[name].path), str(after[name].path)]
             for name in before if hasattr(before[name], "path") and hasattr(after[name], "path")

@@ -25,7 +25,7 @@ from medcot.evaluation import (
     smallest_difference,
 )
 from medcot.inference import Answer, Answers, Results, Scores
-from medcot.settings import PROFILES, MedcotError
+from medcot.settings import PROFILES, MedcotError, load_settings
 
 EOS = "<eos>"
 ROW = {"Question": "Why?", "Complex_CoT": "one: 1\ntwo: 2", "Response": "This is a score of 2.", "answer": "score of 2",
@@ -280,6 +280,16 @@ def test_five_questions_cannot_show_anything():
     assert measure.verdict == UNCHANGED and "n = 5 could not have shown any difference" in measure.sentence
 
 
+def test_what_could_have_been_seen_is_said_of_means_too():
+    rng = numpy.random.default_rng(8)
+    before = rng.normal(0, 1, 100)
+    measure = paired_means("x", before, before + rng.normal(0, 0.1, 100), unit="nats", better="lower")
+    assert measure.detectable == pytest.approx(2.83 * 0.1 / 10, rel=0.2)  # (1.96 + 0.84) standard errors, t for normal
+    assert f"n = 100 would have shown {measure.detectable:.3f} nats or more in 4 of 5 runs" in measure.sentence
+    assert "no row differs" in paired_means("x", before, before).sentence
+    assert "n = 4 could not have shown any difference" in paired_means("x", [1, 2, 3, 4], [2, 3, 5, 6]).sentence
+
+
 def test_verdicts_are_plain_sentences():
     better = paired_proportions("right answer", [0] * 9 + [1] * 11, [1] * 9 + [0] + [1] * 10)
     assert better.sentence.startswith(
@@ -497,6 +507,12 @@ def test_a_bad_multiple_choice_row_is_named_by_file_and_line(choices_file, row, 
 def test_a_missing_multiple_choice_file_is_named(tmp_path):
     with pytest.raises(MedcotError, match=r"none.jsonl not found"):
         load_choices(replace(PROFILES["smoke"], choice_dataset=str(tmp_path / "none.jsonl")))
+
+
+def test_the_environment_names_other_questions(choices_file, monkeypatch):
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    monkeypatch.setenv("MEDCOT_CHOICES", choices_file(GOOD).choice_dataset)
+    assert len(load_choices(load_settings())) == 1
 
 
 def test_the_embedded_questions_are_held_out_cases():
