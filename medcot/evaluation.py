@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .data import normalise
+from .data import normalise, read_hub
 from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
 LEVEL, POWER = 0.95, 0.8
@@ -56,7 +56,8 @@ def load_choices(settings) -> Questions:
     elif path.suffix == ".jsonl" or path.exists():
         rows = _read_lines(path, settings.choice_rows)
     else:
-        rows, revision = _read_hub(settings)
+        table, revision = read_hub(settings, "choice_dataset", None, "test")
+        rows = [(f"row {i} of its test split", row) for i, row in enumerate(table)]
     read = tuple(_question(row, f"{settings.choice_dataset}, {place}") for place, row in rows[: settings.choice_rows])
     if not read:
         raise MedcotError(f"{settings.choice_dataset} holds no question: name a file with at least one line")
@@ -79,26 +80,6 @@ def _read_lines(path: Path, most: int) -> list[tuple[str, dict]]:
             except ValueError as error:
                 raise MedcotError(f"{path}, line {number}: not a JSON object ({error}): mend or remove it") from error
     return rows
-
-
-def _read_hub(settings):
-    import datasets
-    from huggingface_hub import HfApi
-
-    name, revision = settings.choice_dataset, settings.choice_dataset_revision
-    try:
-        revision = HfApi().dataset_info(name, revision=revision, timeout=20).sha
-    except Exception as error:  # without a network every library raises its own; the cache below may still serve
-        print(f"the hub did not answer for {name} ({type(error).__name__}): looking in the local cache")
-    try:
-        rows = datasets.load_dataset(name, revision=revision, split="test")
-    except Exception as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise MedcotError(
-            f"{name} could not be read ({reason[:200]}): check its name and the network, or name a jsonl file with "
-            "question, choices and answer in choice_dataset (MEDCOT_CHOICES)"
-        ) from error
-    return [(f"row {i} of its test split", row) for i, row in enumerate(rows)], revision
 
 
 def _question(row, place: str) -> dict:

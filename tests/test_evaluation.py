@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
+from hub_server import COMMIT, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -507,6 +510,39 @@ def test_a_bad_multiple_choice_row_is_named_by_file_and_line(choices_file, row, 
 def test_a_missing_multiple_choice_file_is_named(tmp_path):
     with pytest.raises(MedcotError, match=r"none.jsonl not found"):
         load_choices(replace(PROFILES["smoke"], choice_dataset=str(tmp_path / "none.jsonl")))
+
+
+HUB_CODE = """
+from dataclasses import replace
+from medcot import PROFILES, load_choices
+questions = load_choices(replace(PROFILES["kaggle-t4"], choice_rows=2, device="cpu"))
+print("LOADED", questions.revision, questions.rows)
+"""
+
+
+def test_the_default_questions_come_from_the_test_split_of_the_hub(tmp_path):
+    # Files, columns and row form of the MedQA copy that Settings names, with invented questions.
+    form = {
+        "answer": "yes",
+        "options": {"A": "no", "B": "yes"},
+        "meta_info": "step1",
+        "answer_idx": "B",
+        "metamap_phrases": [],
+    }
+    served = tmp_path / "served"
+    served.mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"Which {split} {i}?"} | form for i in range(3)]
+        (served / f"phrases_no_exclude_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub = Hub({("dataset", PROFILES["kaggle-t4"].choice_dataset, COMMIT): served})
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    run = subprocess.run(
+        [sys.executable, "-c", HUB_CODE], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    hub.close()
+    loaded = [{"question": f"Which test {i}?", "choices": ["no", "yes"], "answer_index": 1} for i in range(2)]
+    assert f"LOADED {COMMIT} {tuple(loaded)}" in run.stdout, run.stderr[-2000:]
 
 
 def test_the_environment_names_other_questions(choices_file, monkeypatch):
