@@ -572,10 +572,11 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
     leaked = set() if leaks is None else leaks.questions
     paired = _pair(before["answers"], after["answers"], rows)
     by_choice = () if questions is None else questions.rows
+    asked = [
+        {"question": row["question"], "Response": row["choices"][row["answer_index"]], **_graded(row)}
+        for row in by_choice
+    ]
     if before["choice_answers"] is not None and after["choice_answers"] is not None:
-        asked = [
-            {"question": row["question"], "Response": row["choices"][row["answer_index"]], **_graded(row)} for row in by_choice
-        ]  # fmt: skip
         paired += _pair(before["choice_answers"], after["choice_answers"], asked)
     kept = [row for row in paired if normalise(row["plain_question"]) not in leaked]
     measures, choice_rows = [], []
@@ -598,10 +599,18 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
         sides = before["chat_references"], after["references"]
         measures.append(_likelihood("reference, own template", *sides, kept_rows, group="chat"))
     if before["chat_choices"] is not None and after["choices"] is not None:
-        asked = kept_choices & before["chat_choices"].items.keys()
-        chat = _chosen(before["chat_choices"], after["choices"], by_choice, asked)
+        both = kept_choices & before["chat_choices"].items.keys()
+        chat = _chosen(before["chat_choices"], after["choices"], by_choice, both)
         right = [[row[side] == row["answer_index"] for row in chat] for side in ("before", "after")]
         measures.append(paired_proportions("multiple choice, own template", *right, group="chat"))
+    if before["chat_answers"] is not None:
+        chosen = after["choice_answers"]
+        chat = _pair(before["chat_answers"], chosen or after["answers"], asked if chosen else rows)
+        chat = [row for row in chat if normalise(row["plain_question"]) not in leaked]
+        measures += [
+            replace(m, name=f"{m.name}, own template", group="chat")
+            for m in _generated(chat, families=False) if m.name in ("right answer", "well formed", "length")
+        ]  # fmt: skip
     showcase = ()
     if before["showcase"] is not None and after["showcase"] is not None:
         old, new = before["showcase"][0], after["showcase"][0]
@@ -622,7 +631,8 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
 
 
 _PARTS = (
-    "answers", "choice_answers", "showcase", "showcase_trained", "references", "choices", "chat_references", "chat_choices",
+    "answers", "choice_answers", "showcase", "showcase_trained", "references", "choices", "chat_answers", "chat_references",
+    "chat_choices",
 )  # fmt: skip
 
 
@@ -723,7 +733,7 @@ def _chosen(before, after, questions, kept, per_byte: bool = False) -> list[dict
     return rows
 
 
-def _generated(rows) -> list[Measure]:
+def _generated(rows, families: bool = True) -> list[Measure]:
     """Everything measured on generated answers: right, by which steps, in which form, and right by family."""
 
     def both(name, chosen):
@@ -741,8 +751,8 @@ def _generated(rows) -> list[Measure]:
         measures.append(paired_means("length", *both("length", rows), unit="tokens", better="neither"))
         measures.append(paired_means("repeated 4-word sequences", *both("repetition", rows), better="lower"))
     graded = [row for row in rows if row["family"] and row["outcome_before"].correct is not None]
-    families = list(Counter(row["family"] for row in graded))
-    if families:
+    names = list(Counter(row["family"] for row in graded)) if families else []
+    if names:
         from statsmodels.stats.multitest import multipletests
 
         each = [
@@ -751,7 +761,7 @@ def _generated(rows) -> list[Measure]:
                 *both("correct", [row for row in graded if row["family"] == name]),
                 group="family",
             )
-            for name in families
+            for name in names
         ]
         # Eight families would raise a false alarm in a third of all runs: Holm's step-down keeps all of them at 5 %. Its
         # first step tests at 5 % / number of families, which is what the smallest difference has to reach.

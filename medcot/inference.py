@@ -74,9 +74,10 @@ def generate_answers(model, tokenizer, rows, settings) -> Answers:
     return _answer_all(model, tokenizer, rows.select(range(min(settings.answer_rows, len(rows)))), settings, "answers")
 
 
-def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
+def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = False) -> Answers:
     header, path = _cache(weights_id(model), rows, settings, folder)
-    prompts = [tokenizer(format_prompt(question))["input_ids"] for question in rows["Question"]]
+    encode, make = _prompting(tokenizer, chat)
+    prompts = [encode(make(question)) for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
     size = settings.generation_batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -251,11 +252,11 @@ def score_references(model, tokenizer, rows, settings, chat: bool = False) -> Sc
     The prompt is `format_prompt`, or with `chat` the tokenizer's own chat template; the text after it is the same. Rows
     longer than `max_seq_length` tokens are left out, counted in a printed line.
     """
-    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    encode, make = _prompting(tokenizer, chat)
     items, over_long = {}, 0
     for i, row in enumerate(rows):
         completion = format_completion(row["Complex_CoT"], row["Response"], tokenizer.eos_token)
-        item = (encode(make(row["Question"]), bos=not chat), [encode(completion)])
+        item = (encode(make(row["Question"])), [encode(completion, within=True)])
         if len(item[0]) + len(item[1][0]) > settings.max_seq_length:
             over_long += 1
         else:
@@ -274,12 +275,12 @@ def score_choices(model, tokenizer, questions, settings, chat: bool = False) -> 
     tokenizer's own chat template, followed by an empty reasoning; the options follow it one by one, and the prompt is
     computed once for all of them. `questions`: rows with `question` and `choices`.
     """
-    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    encode, make = _prompting(tokenizer, chat)
     items = {}
     for i, row in enumerate(questions):
         # The empty reasoning of format_completion, up to where the response starts.
         prompt = make(list_options(row["question"], row["choices"])) + format_completion("", "", "")
-        items[i] = (encode(prompt, bos=not chat), [encode(escape(choice)) for choice in row["choices"]])
+        items[i] = (encode(prompt), [encode(escape(choice), within=True) for choice in row["choices"]])
         length = len(items[i][0]) + sum(map(len, items[i][1]))
         if length > settings.max_seq_length or not all(items[i][1]):
             raise MedcotError(
@@ -302,11 +303,16 @@ def chat_prompt(question: str, tokenizer) -> str:
     return text if text.endswith(f"{THINK_OPEN}\n") else f"{text}{THINK_OPEN}\n"
 
 
-def _encoder(tokenizer):
-    def encode(text, bos=False):
-        return tokenizer(text, add_special_tokens=bos)["input_ids"]
+def _prompting(tokenizer, chat: bool):
+    """(encode, make): `make` turns a question into a prompt, `encode` a text into tokens with exactly one BOS in front.
 
-    return encode
+    With `within` nothing is put in front: for what follows a prompt. A chat template writes its BOS itself.
+    """
+
+    def encode(text, within=False):
+        return tokenizer(text, add_special_tokens=not chat and not within)["input_ids"]
+
+    return encode, (lambda question: chat_prompt(question, tokenizer)) if chat else format_prompt
 
 
 def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
@@ -436,8 +442,10 @@ class Results:
     """Log-likelihood of the reference reasoning and response of the evaluation rows."""
     choices: Scores | None = None
     """Log-likelihood of the options of the multiple-choice questions."""
+    chat_answers: Answers | None = None
+    """As `choice_answers` (as `answers` without them), through the base model's own chat template; None after tuning."""
     chat_references: Scores | None = None
-    """As `references`, through the base model's own chat template; None for a fine-tuned model."""
+    """As `references`, through the base model's own chat template; None after tuning."""
     chat_choices: Scores | None = None
     """As `choices`, the first `chat_rows` of them, through the base model's own chat template."""
 
@@ -468,14 +476,14 @@ def evaluate(model, tokenizer, splits, questions, settings) -> Results:
         {"Question": list_options(row["question"], row["choices"]), "Response": row["choices"][row["answer_index"]]}
         for row in questions.rows[: settings.choice_answer_rows]
     ]
-    choice_answers = asked and _answer_all(
-        model, tokenizer, datasets.Dataset.from_list(asked), settings, "choice_answers"
-    )
+    # The showcase question goes along in their batch: alone it would take as long as all of them.
     shown = showcase_row(splits)
+    along = datasets.Dataset.from_list([*asked, {name: shown[name] for name in ("Question", "Response")}])
+    generated = _answer_all(model, tokenizer, along, settings, "choice_answers")
     results = Results(
         answers=answers,
-        choice_answers=choice_answers or None,
-        showcase=_answer_all(model, tokenizer, datasets.Dataset.from_list([shown]), settings, "showcase"),
+        choice_answers=replace(generated, items=generated.items[:-1]) if asked else None,
+        showcase=replace(generated, items=generated.items[-1:]),
         showcase_trained=shown["training_row"],
         references=score_references(model, tokenizer, rows, settings),
         choices=score_choices(model, tokenizer, questions.rows, settings),
@@ -485,11 +493,12 @@ def evaluate(model, tokenizer, splits, questions, settings) -> Results:
     if not tokenizer.chat_template:
         print(f"{settings.model} has no chat template: nothing is measured through one")
         return results
-    first = questions.rows[: settings.chat_rows]
+    again = datasets.Dataset.from_list(asked) if asked else rows.select(range(len(answers)))
     return replace(
         results,
+        chat_answers=_answer_all(model, tokenizer, again, settings, "chat_answers", chat=True),
         chat_references=score_references(model, tokenizer, rows, settings, chat=True),
-        chat_choices=score_choices(model, tokenizer, first, settings, chat=True),
+        chat_choices=score_choices(model, tokenizer, questions.rows[: settings.chat_rows], settings, chat=True),
     )
 
 

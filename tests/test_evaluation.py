@@ -385,11 +385,14 @@ def test_swapping_the_sides_of_a_comparison_flips_every_measure():
 
 def test_the_chat_template_stands_beside_the_prompt():
     chat = {"chat_references": references([1.5] * 4 + [1.6] * 4), "chat_choices": scores([2] * 4)}
-    before = results([RIGHT] * 8, [2.0] * 8, [0] * 8, **chat)
+    before = results([RIGHT] * 8, [2.0] * 8, [0] * 8, chat_answers=answers([RIGHT] * 7 + [WRONG]), **chat)
     comparison = compare(before, results([RIGHT] * 8, [1.0] * 8, [2] * 8), ROWS, QUESTIONS)
     own = named(comparison, "multiple choice, own template")
     assert (own.n, own.before, own.after, own.group) == (4, 1.0, 1.0, "chat")
     assert named(comparison, "reference, own template").before == pytest.approx(1.55)
+    answered = named(comparison, "right answer, own template")
+    assert (answered.n, answered.before, answered.after) == (8, 7 / 8, 1.0)
+    assert [m.name for m in comparison.measures if m.group == "chat"][-1] == "length, own template"
 
 
 def test_generated_multiple_choice_answers_are_graded_by_the_chosen_option():
