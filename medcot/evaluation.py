@@ -167,13 +167,14 @@ def check_leaks(splits, questions: Questions | None = None) -> Leaks:
 # --- grading -----------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r"[^\W_]+|[<>≤≥+%]|-(?=\d)")
-# "The answer is (C)", "option C", "Answer: **C.**", "\boxed{C}", but not "the answer is a fracture".
+# "The answer is (C)", "option C", "Answer: **C.**", "\boxed{C}", but not "the answer is a fracture" or "C. difficile".
 _LETTER = re.compile(
-    r"(?:\b(?:answer|option|choice)s?\b[\s:*_]*(?:(?:is|would be|must be|should be|=)\b)?[\s:*_]*"
-    r"(?:(?:therefore|thus|most likely|likely|option|choice)\b)?[\s:*_\"'(\[{]*|\\boxed\{(?:\\text\{)?)"
-    r"(?P<letter>[A-Z])(?![\w'’])(?!\s+(?!(?:is|because|since|as|which|and)\b)[a-z])",
+    r"(?i:\b(?:answer|option|choice)s?\b[\s:*_]*(?:(?:is|would be|must be|should be|=)\b)?[\s:*_]*"
+    r"(?:(?:therefore|thus|most likely|likely|option|choice)\b)?[\s:*_\"'(\[{$]*)(?:\\boxed\{)?(?:\\text\{)?"
+    r"(?P<letter>[A-Z])(?![\w'’])(?!\.?[ \t]+(?!(?:is|because|since|as|which|and)\b)[a-z\d])"
+    r"|\\boxed\{(?:\\text\{)?(?P<boxed>[A-Z])\b"
 )
-_LONE_LETTER = re.compile(r"^[\s*_(\[]*(?P<letter>[A-Z])[\s*_)\].:]*(?:$|(?<=[).:*])\s)", re.MULTILINE)
+_LONE_LETTER = re.compile(r"^[\s*_(\[]*(?P<letter>[A-Z])[\s*_)\].:]*(?:$|(?<=[).:*])\s(?![a-z]))", re.MULTILINE)
 
 
 def extract_choice(text: str, choices) -> int | None:
@@ -188,8 +189,8 @@ def extract_choice(text: str, choices) -> int | None:
     of their question's options in 38; 27 of these are the gold option and 11 another (11 % of all, 29 % of those
     extracted): 2 because the Response itself differs from gold, 9 because it ends on an option that it argues against.
     """
-    for pattern, alone in ((re.compile(_LETTER.pattern, re.IGNORECASE), False), (_LONE_LETTER, True)):
-        letters = [m["letter"] for m in pattern.finditer(text) if m["letter"].isupper()]
+    for pattern, alone in ((_LETTER, False), (_LONE_LETTER, True)):
+        letters = [next(filter(None, m.groups())) for m in pattern.finditer(text)]
         letters = [letter for letter in letters if ord(letter) - ord("A") < len(choices)]
         if letters and not (alone and len(set(letters)) > 1):
             return ord(letters[-1]) - ord("A")
@@ -583,34 +584,17 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
     references, options = _both(before, after, "references"), _both(before, after, "choices")
     kept_rows = {i for i in range(len(rows)) if normalise(rows[i]["Question"]) not in leaked}
     kept_choices = {i for i, row in enumerate(by_choice) if normalise(row["question"]) not in leaked}
-    if references:
+    if references and kept_rows:
         measures.append(_likelihood("reference, nats per token", *references, kept_rows))
-    if options:
+    if options and kept_choices:
         choice_rows = _chosen(*options, by_choice, kept_choices)
-        right = [[row[side] == row["answer_index"] for row in choice_rows] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice", *right))
+        measures.append(_share_right("multiple choice", choice_rows))
         per_byte = _chosen(*options, by_choice, kept_choices, per_byte=True)
-        right = [[row[side] == row["answer_index"] for row in per_byte] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice, per byte", *right))
+        measures.append(_share_right("multiple choice, per byte", per_byte))
     if not kept and not measures:
         raise MedcotError("every evaluation question stands in the training rows: choose other evaluation rows")
     measures += _generated(kept)
-    if before["chat_references"] is not None and after["references"] is not None:
-        sides = before["chat_references"], after["references"]
-        measures.append(_likelihood("reference, own template", *sides, kept_rows, group="chat"))
-    if before["chat_choices"] is not None and after["choices"] is not None:
-        both = kept_choices & before["chat_choices"].items.keys()
-        chat = _chosen(before["chat_choices"], after["choices"], by_choice, both)
-        right = [[row[side] == row["answer_index"] for row in chat] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice, own template", *right, group="chat"))
-    if before["chat_answers"] is not None:
-        chosen = after["choice_answers"]
-        chat = _pair(before["chat_answers"], chosen or after["answers"], asked if chosen else rows)
-        chat = [row for row in chat if normalise(row["plain_question"]) not in leaked]
-        measures += [
-            replace(m, name=f"{m.name}, own template", group="chat")
-            for m in _generated(chat, families=False) if m.name in ("right answer", "well formed", "length")
-        ]  # fmt: skip
+    measures += _through_chat(before, after, rows, asked, by_choice, leaked, kept_rows, kept_choices)
     showcase = ()
     if before["showcase"] is not None and after["showcase"] is not None:
         old, new = before["showcase"][0], after["showcase"][0]
@@ -628,6 +612,31 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
             for name in before if hasattr(before[name], "path") and hasattr(after[name], "path")
         },
     )  # fmt: skip
+
+
+def _through_chat(before, after, rows, asked, by_choice, leaked, kept_rows, kept_choices) -> list[Measure]:
+    """Before through the base model's own chat template against after as trained, where it was measured."""
+    measures, names = [], ("right answer", "well formed", "length")
+    if before["chat_references"] is not None and after["references"] is not None and kept_rows:
+        sides = before["chat_references"], after["references"]
+        measures.append(_likelihood("reference, own template", *sides, kept_rows, group="chat"))
+    if before["chat_choices"] is not None and after["choices"] is not None:
+        both = kept_choices & before["chat_choices"].items.keys()
+        chosen = _chosen(before["chat_choices"], after["choices"], by_choice, both)
+        measures += [_share_right("multiple choice, own template", chosen, group="chat")] if chosen else []
+    if before["chat_answers"] is not None:
+        trained = after["choice_answers"]
+        paired = _pair(before["chat_answers"], trained or after["answers"], asked if trained else rows)
+        kept = [row for row in paired if normalise(row["plain_question"]) not in leaked]
+        found = [m for m in _generated(kept, families=False) if m.name in names]
+        measures += [replace(m, name=f"{m.name}, own template", group="chat") for m in found]
+    return measures
+
+
+def _share_right(name, chosen, **fields) -> Measure:
+    """Share of questions whose right option was chosen by likelihood (`_chosen`)."""
+    sides = [[row[side] == row["answer_index"] for row in chosen] for side in ("before", "after")]
+    return paired_proportions(name, *sides, **fields)
 
 
 _PARTS = (

@@ -99,6 +99,10 @@ DRUGS = ["Aspirin", "Ceftriaxone", "Morphine", "Vitamin C"]
         (r"Therefore \boxed{A}", 0),
         ("**The correct answer is:**\n\n**B. Ceftriaxone**", 1),
         ("Option B would harm. Option C is right.", 2),
+        ("Answer: B\n\nThe patient has meningitis; aspirin would not help.", 1),
+        ("THE CORRECT ANSWER IS D", 3),
+        ("**Final Answer:** $\\boxed{\\text{C}}$", 2),
+        ("The most appropriate choice is therefore **B**.", 1),
         ("B", 1),
         ("**C.** Morphine", 2),
         ("Use ceftriaxone rather than aspirin, so ceftriaxone.", 1),
@@ -106,6 +110,10 @@ DRUGS = ["Aspirin", "Ceftriaxone", "Morphine", "Vitamin C"]
         ("vitamin C is missing", 3),
         ("I would give Ceftriaxon.", 1),
         ("The answer is a fracture.", None),
+        ("The answer is C. difficile.", None),
+        ("C. difficile\nis the cause", None),
+        ("Answer: A 45-year-old man needs ceftriaxone.", 1),
+        ("D. Vitamin C", 3),
         ("The answer is A patient with pain.", None),
         ("The answer is E.", None),
         ("A. wrong\nB. wrong\nC. wrong", None),
@@ -589,3 +597,16 @@ def test_what_leaked_is_left_out_and_said(capsys):
     assert {m.name: m.n for m in comparison.measures if m.group == "all"}["right answer"] == 7
     assert named(comparison, "multiple choice").n == named(comparison, "reference, nats per token").n == 7
     assert comparison.left_out == 2 and "2 questions are left out" in str(comparison)
+
+
+def test_what_leaked_whole_is_refused():
+    rows, questions = ROWS[:2], replace(QUESTIONS, rows=QUESTIONS.rows[:2])
+    sides = results([RIGHT] * 2, [2.0] * 2, [0] * 2), results([RIGHT] * 2, [1.0] * 2, [2] * 2)
+    asked = {"Question": ["Why 0?", "Why 1?"]}
+    half = Split(["Why 0?", "Why 1?"], [])
+    half.eval = asked
+    comparison = compare(*sides, rows, questions, check_leaks(half, questions))
+    assert [m.name for m in comparison.measures] == ["multiple choice", "multiple choice, per byte"]
+    whole = Split(["Why 0?", "Why 1?", "Which 0?", "Which 1?"], asked["Question"])
+    with pytest.raises(MedcotError, match="every evaluation question stands in the training rows"):
+        compare(*sides, rows, questions, check_leaks(whole, questions))
