@@ -93,28 +93,15 @@ def _read_rows(settings):
     except OSError as error:
         raise MedcotError(f"dataset={settings.dataset[:200]!r}: {error.strerror}, name a file or a hub name") from error
     if local:
-        kind, files = _data_files(path)
-        arguments, revision = {"path": kind, "data_files": files}, None
+        (kind, files), revision = _data_files(path), None
+        try:
+            rows = datasets.load_dataset(kind, data_files=files, split="train")
+        except Exception as error:  # the library raises a different class for each way a file can be wrong
+            raise _unreadable(settings.dataset, error, "check that the file is what its name says") from error
     elif path.is_absolute() or path.suffix in FILE_TYPES or settings.dataset.startswith("."):
         raise MedcotError(f"{path.absolute()} not found: name a json, jsonl, csv or parquet file, or a folder of them")
     else:
-        revision = hub_revision("dataset", settings.dataset, settings.dataset_revision) or settings.dataset_revision
-        arguments = {"path": settings.dataset, "name": settings.dataset_config, "revision": revision}
-    try:
-        rows = patiently(lambda: datasets.load_dataset(**arguments, split="train"), settings.dataset)
-    except Exception as error:  # the library raises a different class for each way a file can be wrong
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        cure = "check that the file is what its name says" if local else "check its name, configuration and network"
-        raise MedcotError(f"{settings.dataset} could not be read ({reason[0][:200]}): {cure}") from error
-    if not local:
-        # Without the hub `datasets` takes whatever commit it cached last, whatever `revision` says.
-        commit = Path(rows.cache_files[0]["filename"]).parent.name
-        if revision not in (None, commit):
-            raise MedcotError(
-                f"{settings.dataset} in the local cache is commit {commit}, not {revision}: go online once, or set "
-                "dataset_revision to the commit that is there"
-            )
-        revision = commit
+        rows, revision = read_hub(settings, "dataset", settings.dataset_config, "train")
     missing = [column for column in COLUMNS if column not in rows.column_names]
     if missing:
         raise MedcotError(
@@ -124,6 +111,31 @@ def _read_rows(settings):
     if not len(rows):
         raise MedcotError(f"{settings.dataset} holds no rows: name a file with at least two")
     return rows, revision
+
+
+def read_hub(settings, field: str, config: str | None, split: str):
+    """The rows of one split of the hub data set that the setting `field` names, and the commit they are of."""
+    import datasets
+
+    name, wanted = getattr(settings, field), getattr(settings, f"{field}_revision")
+    revision = hub_revision("dataset", name, wanted) or wanted
+    try:
+        rows = patiently(lambda: datasets.load_dataset(name, config, revision=revision, split=split), name)
+    except Exception as error:
+        raise _unreadable(name, error, "check its name, configuration and network") from error
+    # Without the hub `datasets` takes whatever commit it cached last, whatever `revision` says.
+    commit = Path(rows.cache_files[0]["filename"]).parent.name
+    if revision not in (None, commit):
+        raise MedcotError(
+            f"{name} in the local cache is commit {commit}, not {revision}: go online once, or set {field}_revision to "
+            "the commit that is there"
+        )
+    return rows, commit
+
+
+def _unreadable(source: str, error: Exception, cure: str) -> MedcotError:
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    return MedcotError(f"{source} could not be read ({reason[0][:200]}): {cure}")
 
 
 def _data_files(path: Path) -> tuple[str, list[str]]:

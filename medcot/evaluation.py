@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .data import normalise
+from .data import normalise, read_hub
 from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
 LEVEL, POWER = 0.95, 0.8
@@ -56,7 +56,8 @@ def load_choices(settings) -> Questions:
     elif path.suffix == ".jsonl" or path.exists():
         rows = _read_lines(path, settings.choice_rows)
     else:
-        rows, revision = _read_hub(settings)
+        table, revision = read_hub(settings, "choice_dataset", None, "test")
+        rows = [(f"row {i} of its test split", row) for i, row in enumerate(table)]
     read = tuple(_question(row, f"{settings.choice_dataset}, {place}") for place, row in rows[: settings.choice_rows])
     if not read:
         raise MedcotError(f"{settings.choice_dataset} holds no question: name a file with at least one line")
@@ -81,26 +82,6 @@ def _read_lines(path: Path, most: int) -> list[tuple[str, dict]]:
     return rows
 
 
-def _read_hub(settings):
-    import datasets
-    from huggingface_hub import HfApi
-
-    name, revision = settings.choice_dataset, settings.choice_dataset_revision
-    try:
-        revision = HfApi().dataset_info(name, revision=revision, timeout=20).sha
-    except Exception as error:  # without a network every library raises its own; the cache below may still serve
-        print(f"the hub did not answer for {name} ({type(error).__name__}): looking in the local cache")
-    try:
-        rows = datasets.load_dataset(name, revision=revision, split="test")
-    except Exception as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise MedcotError(
-            f"{name} could not be read ({reason[:200]}): check its name and the network, or name a jsonl file with "
-            "question, choices and answer in choice_dataset (MEDCOT_CHOICES)"
-        ) from error
-    return [(f"row {i} of its test split", row) for i, row in enumerate(rows)], revision
-
-
 def _question(row, place: str) -> dict:
     """A row of any of the known forms as question, choices and answer_index; `place` names it in an error."""
     if not isinstance(row, dict):
@@ -111,6 +92,8 @@ def _question(row, place: str) -> dict:
     lacking = [name for name, v in {"question": question, "choices": choices, "answer": answer}.items() if v is None]
     if lacking:
         raise MedcotError(f"{place}: has no {', '.join(lacking)}; it has {', '.join(row)}: name its columns so")
+    if isinstance(choices, dict):  # a table has a column for every letter any row uses, empty where this one does not
+        choices = {letter: text for letter, text in choices.items() if text is not None}
     letters = sorted(choices) if isinstance(choices, dict) else [chr(ord("A") + i) for i in range(len(choices))]
     texts = [choices[letter] for letter in letters] if isinstance(choices, dict) else list(choices)
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -141,8 +124,10 @@ class Leaks:
     near: tuple[tuple[str, str, float], ...]
     """(evaluation question, training question, similarity of at least 95 out of 100)."""
 
-    def __contains__(self, question):
-        return normalise(question) in {normalise(found) for found in (*self.exact, *(near[0] for near in self.near))}
+    @property
+    def questions(self) -> set[str]:
+        """The evaluation questions that leaked, normalised."""
+        return {normalise(question) for question in (*self.exact, *(question for question, *_ in self.near))}
 
     def __str__(self):
         lines = [
@@ -182,13 +167,14 @@ def check_leaks(splits, questions: Questions | None = None) -> Leaks:
 # --- grading -----------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r"[^\W_]+|[<>≤≥+%]|-(?=\d)")
-# "The answer is (C)", "option C", "Answer: **C.**", "\boxed{C}", but not "the answer is a fracture".
+# "The answer is (C)", "option C", "Answer: **C.**", "\boxed{C}", but not "the answer is a fracture" or "C. difficile".
 _LETTER = re.compile(
-    r"(?:\b(?:answer|option|choice)s?\b[\s:*_]*(?:(?:is|would be|must be|should be|=)\b)?[\s:*_]*"
-    r"(?:(?:therefore|thus|most likely|likely|option|choice)\b)?[\s:*_\"'(\[{]*|\\boxed\{(?:\\text\{)?)"
-    r"(?P<letter>[A-Z])(?![\w'’])(?!\s+(?!(?:is|because|since|as|which|and)\b)[a-z])",
+    r"(?i:\b(?:answer|option|choice)s?\b[\s:*_]*(?:(?:is|would be|must be|should be|=)\b)?[\s:*_]*"
+    r"(?:(?:therefore|thus|most likely|likely|option|choice)\b)?[\s:*_\"'(\[{$]*)(?:\\boxed\{)?(?:\\text\{)?"
+    r"(?P<letter>[A-Z])(?![\w'’])(?!\.?[ \t]+(?!(?:is|because|since|as|which|and)\b)[a-z\d])"
+    r"|\\boxed\{(?:\\text\{)?(?P<boxed>[A-Z])\b"
 )
-_LONE_LETTER = re.compile(r"^[\s*_(\[]*(?P<letter>[A-Z])[\s*_)\].:]*(?:$|(?<=[).:*])\s)", re.MULTILINE)
+_LONE_LETTER = re.compile(r"^[\s*_(\[]*(?P<letter>[A-Z])[\s*_)\].:]*(?:$|(?<=[).:*])\s(?![a-z]))", re.MULTILINE)
 
 
 def extract_choice(text: str, choices) -> int | None:
@@ -198,9 +184,13 @@ def extract_choice(text: str, choices) -> int | None:
     only such letter; an option's text as whole words, ignoring case and punctuation (of overlapping ones the longest);
     an option's text of six characters or more, but for a slip of spelling (the same first four letters of every word,
     rapidfuzz ratio of at least 90).
+
+    How far to trust it: 98 reference Responses of medical-o1-reasoning-SFT, written without the options in sight, name one
+    of their question's options in 38; 27 of these are the gold option and 11 another (11 % of all, 29 % of those
+    extracted): 2 because the Response itself differs from gold, 9 because it ends on an option that it argues against.
     """
-    for pattern, alone in ((re.compile(_LETTER.pattern, re.IGNORECASE), False), (_LONE_LETTER, True)):
-        letters = [m["letter"] for m in pattern.finditer(text) if m["letter"].isupper()]
+    for pattern, alone in ((_LETTER, False), (_LONE_LETTER, True)):
+        letters = [next(filter(None, m.groups())) for m in pattern.finditer(text)]
         letters = [letter for letter in letters if ord(letter) - ord("A") < len(choices)]
         if letters and not (alone and len(set(letters)) > 1):
             return ord(letters[-1]) - ord("A")
@@ -259,7 +249,7 @@ class Outcome:
     correct: bool | None
     """The right option was chosen, or the row's `answer` stands in the response as whole words; None without either."""
     steps_correct: bool | None
-    """Every line of the reasoning equals the reference's; None where rows carry no `answer`."""
+    """Every line of the reasoning equals the reference's; None for rows without a family, whose wording is free."""
     closed: bool = True
     """`</think>` was written."""
     stopped: bool = True
@@ -288,7 +278,7 @@ def grade(row, answer) -> Outcome:
     elif row.get("answer"):
         words = re.escape(normalise(row["answer"]))
         correct = re.search(rf"(?<!\w){words}(?!\w)", normalise(parsed.response)) is not None
-    if row.get("answer") and row.get("Complex_CoT"):
+    if row.get("answer") and row.get("family"):
         steps = _lines(parsed.reasoning) == _lines(row["Complex_CoT"])
     return Outcome(
         well_formed=not parsed.problems, correct=correct, steps_correct=steps,
@@ -383,7 +373,7 @@ class Measure:
         if self.detectable is None:
             return f"; n = {self.n} could not have shown any difference"
         if not self.detectable:
-            return "; no row differs"
+            return "; every row differs alike" if self.difference else "; no row differs"
         unit = "points" if self.unit == "%" else self.unit
         return f"; n = {self.n} would have shown {self._show(self.detectable)} {unit} or more in 4 of 5 runs"
 
@@ -482,14 +472,13 @@ def paired_means(name: str, before, after, weights=None, seed: int = 3407, **fie
         ).confidence_interval  # fmt: skip
         if math.isfinite(found.low) and math.isfinite(found.high):
             low, high = float(found.low), float(found.high)
-        detectable = float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER)) * float(rows.std(ddof=1))
     if n > 1 and (after != before).any():
         p_value = permutation_test(
             (before * weights, after * weights), lambda old, new, axis: (new - old).sum(axis), permutation_type="samples",
             vectorized=True, n_resamples=RESAMPLES, rng=numpy.random.default_rng(seed),
         ).pvalue  # fmt: skip
-    elif n > 1:
-        detectable = 0.0
+    if n > 5:  # of fewer rows the permutation test never gives p < 0.05: 2 / 2^5 = 0.06
+        detectable = float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER)) * float(rows.std(ddof=1))
     means = [float((values * weights).sum() / total) for values in (before, after)]
     return Measure(
         name, n, *means, low, high, float(p_value), "paired permutation", "paired bootstrap, BCa", detectable=detectable, **fields
@@ -581,39 +570,31 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
     answer is to another question than its row, a row has no reference, or the two are not of the same questions.
     """
     before, after = (_as_parts(side) for side in (before, after))
-    leaked = {} if leaks is None else {normalise(q) for q in (*leaks.exact, *(near[0] for near in leaks.near))}
+    leaked = set() if leaks is None else leaks.questions
     paired = _pair(before["answers"], after["answers"], rows)
     by_choice = () if questions is None else questions.rows
+    asked = [
+        {"question": row["question"], "Response": row["choices"][row["answer_index"]], **_graded(row)}
+        for row in by_choice
+    ]
     if before["choice_answers"] is not None and after["choice_answers"] is not None:
-        asked = [
-            {"question": row["question"], "Response": row["choices"][row["answer_index"]], **_graded(row)} for row in by_choice
-        ]  # fmt: skip
         paired += _pair(before["choice_answers"], after["choice_answers"], asked)
     kept = [row for row in paired if normalise(row["plain_question"]) not in leaked]
     measures, choice_rows = [], []
     references, options = _both(before, after, "references"), _both(before, after, "choices")
     kept_rows = {i for i in range(len(rows)) if normalise(rows[i]["Question"]) not in leaked}
     kept_choices = {i for i, row in enumerate(by_choice) if normalise(row["question"]) not in leaked}
-    if references:
+    if references and kept_rows:
         measures.append(_likelihood("reference, nats per token", *references, kept_rows))
-    if options:
+    if options and kept_choices:
         choice_rows = _chosen(*options, by_choice, kept_choices)
-        right = [[row[side] == row["answer_index"] for row in choice_rows] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice", *right))
+        measures.append(_share_right("multiple choice", choice_rows))
         per_byte = _chosen(*options, by_choice, kept_choices, per_byte=True)
-        right = [[row[side] == row["answer_index"] for row in per_byte] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice, per byte", *right))
+        measures.append(_share_right("multiple choice, per byte", per_byte))
     if not kept and not measures:
         raise MedcotError("every evaluation question stands in the training rows: choose other evaluation rows")
     measures += _generated(kept)
-    if before["chat_references"] is not None and after["references"] is not None:
-        sides = before["chat_references"], after["references"]
-        measures.append(_likelihood("reference, own template", *sides, kept_rows, group="chat"))
-    if before["chat_choices"] is not None and after["choices"] is not None:
-        asked = kept_choices & before["chat_choices"].items.keys()
-        chat = _chosen(before["chat_choices"], after["choices"], by_choice, asked)
-        right = [[row[side] == row["answer_index"] for row in chat] for side in ("before", "after")]
-        measures.append(paired_proportions("multiple choice, own template", *right, group="chat"))
+    measures += _through_chat(before, after, rows, asked, by_choice, leaked, kept_rows, kept_choices)
     showcase = ()
     if before["showcase"] is not None and after["showcase"] is not None:
         old, new = before["showcase"][0], after["showcase"][0]
@@ -625,7 +606,7 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
         )  # fmt: skip
     return Comparison(
         tuple(measures), tuple(kept), tuple(choice_rows), showcase, leaks,
-        left_out=len(paired) - len(kept) + len(by_choice) - len(kept_choices),
+        left_out=len(leaked),
         sources={
             name: [str(before[name].path), str(after[name].path)]
             for name in before if hasattr(before[name], "path") and hasattr(after[name], "path")
@@ -633,8 +614,34 @@ def compare(before, after, rows, questions: Questions | None = None, leaks: Leak
     )  # fmt: skip
 
 
+def _through_chat(before, after, rows, asked, by_choice, leaked, kept_rows, kept_choices) -> list[Measure]:
+    """Before through the base model's own chat template against after as trained, where it was measured."""
+    measures, names = [], ("right answer", "well formed", "length")
+    if before["chat_references"] is not None and after["references"] is not None and kept_rows:
+        sides = before["chat_references"], after["references"]
+        measures.append(_likelihood("reference, own template", *sides, kept_rows, group="chat"))
+    if before["chat_choices"] is not None and after["choices"] is not None:
+        both = kept_choices & before["chat_choices"].items.keys()
+        chosen = _chosen(before["chat_choices"], after["choices"], by_choice, both)
+        measures += [_share_right("multiple choice, own template", chosen, group="chat")] if chosen else []
+    if before["chat_answers"] is not None:
+        trained = after["choice_answers"]
+        paired = _pair(before["chat_answers"], trained or after["answers"], asked if trained else rows)
+        kept = [row for row in paired if normalise(row["plain_question"]) not in leaked]
+        found = [m for m in _generated(kept, families=False) if m.name in names]
+        measures += [replace(m, name=f"{m.name}, own template", group="chat") for m in found]
+    return measures
+
+
+def _share_right(name, chosen, **fields) -> Measure:
+    """Share of questions whose right option was chosen by likelihood (`_chosen`)."""
+    sides = [[row[side] == row["answer_index"] for row in chosen] for side in ("before", "after")]
+    return paired_proportions(name, *sides, **fields)
+
+
 _PARTS = (
-    "answers", "choice_answers", "showcase", "showcase_trained", "references", "choices", "chat_references", "chat_choices",
+    "answers", "choice_answers", "showcase", "showcase_trained", "references", "choices", "chat_answers", "chat_references",
+    "chat_choices",
 )  # fmt: skip
 
 
@@ -668,7 +675,7 @@ def _pair(before, after, rows) -> list[dict]:
         )
     paired = []
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        row = rows[i]
+        row = _with_choices(rows[i], i)
         plain = row["Question"] if "Question" in row else row["question"]
         for side, answers in ((old, before), (new, after)):
             # A question asked with its options listed starts with the question.
@@ -681,10 +688,6 @@ def _pair(before, after, rows) -> list[dict]:
             raise MedcotError(
                 f"row {i} ({plain[:60]!r}) has no reference (Response): answers cannot be compared with it"
             )
-        if row.get("choices") and row.get("answer_index") not in range(len(row["choices"])):
-            raise MedcotError(
-                f"row {i}: answer_index {row.get('answer_index')} is out of range for {len(row['choices'])} choices"
-            )
         outcomes = grade(row, old), grade(row, new)
         expected = row["choices"][row["answer_index"]] if row.get("choices") else row.get("answer") or row["Response"]
         paired.append(
@@ -695,6 +698,17 @@ def _pair(before, after, rows) -> list[dict]:
             }
         )  # fmt: skip
     return paired
+
+
+def _with_choices(row, i: int) -> dict:
+    """An evaluation row, with `choices` and `answer_index` where it carries options in any known form; checked."""
+    if not row.get("choices") and not (row.get("options") and row.get("answer_idx") is not None):
+        return row
+    found = _question({"question": "-", **{name: row[name] for name in row if name in _OPTIONS}}, f"evaluation row {i}")
+    return row | _graded(found)
+
+
+_OPTIONS = ("choices", "options", "answer_index", "answer_idx", "answer")
 
 
 def _change(before: Outcome, after: Outcome) -> str:
@@ -728,7 +742,7 @@ def _chosen(before, after, questions, kept, per_byte: bool = False) -> list[dict
     return rows
 
 
-def _generated(rows) -> list[Measure]:
+def _generated(rows, families: bool = True) -> list[Measure]:
     """Everything measured on generated answers: right, by which steps, in which form, and right by family."""
 
     def both(name, chosen):
@@ -746,8 +760,8 @@ def _generated(rows) -> list[Measure]:
         measures.append(paired_means("length", *both("length", rows), unit="tokens", better="neither"))
         measures.append(paired_means("repeated 4-word sequences", *both("repetition", rows), better="lower"))
     graded = [row for row in rows if row["family"] and row["outcome_before"].correct is not None]
-    families = list(Counter(row["family"] for row in graded))
-    if families:
+    names = list(Counter(row["family"] for row in graded)) if families else []
+    if names:
         from statsmodels.stats.multitest import multipletests
 
         each = [
@@ -756,7 +770,7 @@ def _generated(rows) -> list[Measure]:
                 *both("correct", [row for row in graded if row["family"] == name]),
                 group="family",
             )
-            for name in families
+            for name in names
         ]
         # Eight families would raise a false alarm in a third of all runs: Holm's step-down keeps all of them at 5 %. Its
         # first step tests at 5 % / number of families, which is what the smallest difference has to reach.

@@ -74,9 +74,10 @@ def generate_answers(model, tokenizer, rows, settings) -> Answers:
     return _answer_all(model, tokenizer, rows.select(range(min(settings.answer_rows, len(rows)))), settings, "answers")
 
 
-def _answer_all(model, tokenizer, rows, settings, folder: str) -> Answers:
+def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = False) -> Answers:
     header, path = _cache(weights_id(model), rows, settings, folder)
-    prompts = [tokenizer(format_prompt(question))["input_ids"] for question in rows["Question"]]
+    encode, make = _prompting(tokenizer, chat)
+    prompts = [encode(make(question)) for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
     batches = _batches_that_fit(order, prompts, model, settings)
     with only_process(path.parent):
@@ -146,12 +147,14 @@ def load_baseline(settings, rows) -> Answers:
 def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict, Path]:
     """What identifies a set of answers, and the file that keeps them."""
     names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size generation_memory_gib temperature"
-    header = {"answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
-    header |= {name: getattr(settings, name) for name in names.split()}
+    name = BASELINE if weights == "base" else FINETUNED
+    # Only answers to the evaluation rows are headed "baseline": by that word a later session knows what 01 left.
+    header = {"answers": name if folder == "answers" else f"{folder}, {name}", "weights": weights}
+    header |= {field: getattr(settings, field) for field in names.split()}
     header |= {"seed": settings.seed} if settings.temperature else {}
     header["questions"] = hashlib.sha256("\0".join(rows["Question"]).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    return header, settings.output_dir / folder / f"{header['answers']}-{digest[:8]}.jsonl"
+    return header, settings.output_dir / folder / f"{name}-{digest[:8]}.jsonl"
 
 
 def _difference(path: Path, header: dict) -> str:
@@ -297,11 +300,11 @@ def score_references(model, tokenizer, rows, settings, chat: bool = False) -> Sc
     The prompt is `format_prompt`, or with `chat` the tokenizer's own chat template; the text after it is the same. Rows
     longer than `max_seq_length` tokens are left out, counted in a printed line.
     """
-    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    encode, make = _prompting(tokenizer, chat)
     items, over_long = {}, 0
     for i, row in enumerate(rows):
         completion = format_completion(row["Complex_CoT"], row["Response"], tokenizer.eos_token)
-        item = (encode(make(row["Question"]), bos=not chat), [encode(completion)])
+        item = (encode(make(row["Question"])), [encode(completion, within=True)])
         if len(item[0]) + len(item[1][0]) > settings.max_seq_length:
             over_long += 1
         else:
@@ -320,12 +323,12 @@ def score_choices(model, tokenizer, questions, settings, chat: bool = False) -> 
     tokenizer's own chat template, followed by an empty reasoning; the options follow it one by one, and the prompt is
     computed once for all of them. `questions`: rows with `question` and `choices`.
     """
-    encode, make = _encoder(tokenizer), (lambda q: chat_prompt(q, tokenizer)) if chat else format_prompt
+    encode, make = _prompting(tokenizer, chat)
     items = {}
     for i, row in enumerate(questions):
         # The empty reasoning of format_completion, up to where the response starts.
         prompt = make(list_options(row["question"], row["choices"])) + format_completion("", "", "")
-        items[i] = (encode(prompt, bos=not chat), [encode(escape(choice)) for choice in row["choices"]])
+        items[i] = (encode(prompt), [encode(escape(choice), within=True) for choice in row["choices"]])
         length = len(items[i][0]) + sum(map(len, items[i][1]))
         if length > settings.max_seq_length or not all(items[i][1]):
             raise MedcotError(
@@ -348,22 +351,28 @@ def chat_prompt(question: str, tokenizer) -> str:
     return text if text.endswith(f"{THINK_OPEN}\n") else f"{text}{THINK_OPEN}\n"
 
 
-def _encoder(tokenizer):
-    def encode(text, bos=False):
-        return tokenizer(text, add_special_tokens=bos)["input_ids"]
+def _prompting(tokenizer, chat: bool):
+    """(encode, make): `make` turns a question into a prompt, `encode` a text into tokens with exactly one BOS in front.
 
-    return encode
+    With `within` nothing is put in front: for what follows a prompt. A chat template writes its BOS itself.
+    """
+
+    def encode(text, within=False):
+        return tokenizer(text, add_special_tokens=not chat and not within)["input_ids"]
+
+    return encode, (lambda question: chat_prompt(question, tokenizer)) if chat else format_prompt
 
 
 def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     """Scores `items` (row index -> prompt tokens, list of continuations' tokens), from the cache where it has them."""
     weights = weights_id(model)
+    name = BASELINE if weights == "base" else FINETUNED
     names = "model model_revision load_in_4bit device score_batch_tokens"
-    header = {"scores": what, "answers": BASELINE if weights == "base" else FINETUNED, "weights": weights}
-    header |= {name: getattr(settings, name) for name in names.split()}
+    header = {"scores": f"{what}, {name}", "weights": weights}
+    header |= {field: getattr(settings, field) for field in names.split()}
     header["tokens"] = hashlib.sha256(json.dumps(list(items.items())).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    path = settings.output_dir / "scores" / f"{header['answers']}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
+    path = settings.output_dir / "scores" / f"{name}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
     with only_process(path.parent):
         done = _read(path, header, max(items, default=0) + 1, _SCORE_KEYS)
         todo = [b for b in _batches_by_length(items, settings.score_batch_tokens) if not done.keys() >= set(b)]
@@ -376,7 +385,7 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     if odd:
         raise MedcotError(f"{path}: row {odd[0]} has other lengths than its texts: delete the file to start again")
     kept = {i: (tuple(done[i]["log_likelihood"]), tuple(done[i]["tokens"])) for i in items}
-    return Scores(header["answers"], path, kept)
+    return Scores(name, path, kept)
 
 
 def _score(model, tokenizer, items, todo, path, header, done):
@@ -481,8 +490,10 @@ class Results:
     """Log-likelihood of the reference reasoning and response of the evaluation rows."""
     choices: Scores | None = None
     """Log-likelihood of the options of the multiple-choice questions."""
+    chat_answers: Answers | None = None
+    """As `choice_answers` (as `answers` without them), through the base model's own chat template; None after tuning."""
     chat_references: Scores | None = None
-    """As `references`, through the base model's own chat template; None for a fine-tuned model."""
+    """As `references`, through the base model's own chat template; None after tuning."""
     chat_choices: Scores | None = None
     """As `choices`, the first `chat_rows` of them, through the base model's own chat template."""
 
@@ -513,14 +524,14 @@ def evaluate(model, tokenizer, splits, questions, settings) -> Results:
         {"Question": list_options(row["question"], row["choices"]), "Response": row["choices"][row["answer_index"]]}
         for row in questions.rows[: settings.choice_answer_rows]
     ]
-    choice_answers = asked and _answer_all(
-        model, tokenizer, datasets.Dataset.from_list(asked), settings, "choice_answers"
-    )
+    # The showcase question goes along in their batch: alone it would take as long as all of them.
     shown = showcase_row(splits)
+    along = datasets.Dataset.from_list([*asked, {name: shown[name] for name in ("Question", "Response")}])
+    generated = _answer_all(model, tokenizer, along, settings, "choice_answers")
     results = Results(
         answers=answers,
-        choice_answers=choice_answers or None,
-        showcase=_answer_all(model, tokenizer, datasets.Dataset.from_list([shown]), settings, "showcase"),
+        choice_answers=replace(generated, items=generated.items[:-1]) if asked else None,
+        showcase=replace(generated, items=generated.items[-1:]),
         showcase_trained=shown["training_row"],
         references=score_references(model, tokenizer, rows, settings),
         choices=score_choices(model, tokenizer, questions.rows, settings),
@@ -530,11 +541,12 @@ def evaluate(model, tokenizer, splits, questions, settings) -> Results:
     if not tokenizer.chat_template:
         print(f"{settings.model} has no chat template: nothing is measured through one")
         return results
-    first = questions.rows[: settings.chat_rows]
+    again = datasets.Dataset.from_list(asked) if asked else rows.select(range(len(answers)))
     return replace(
         results,
+        chat_answers=_answer_all(model, tokenizer, again, settings, "chat_answers", chat=True),
         chat_references=score_references(model, tokenizer, rows, settings, chat=True),
-        chat_choices=score_choices(model, tokenizer, first, settings, chat=True),
+        chat_choices=score_choices(model, tokenizer, questions.rows[: settings.chat_rows], settings, chat=True),
     )
 
 

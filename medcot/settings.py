@@ -50,8 +50,8 @@ class Settings:
     """Training rows: the first ones of the data set."""
     eval_rows: int = 100
     """Evaluation rows: the ones right after the training rows."""
-    answer_rows: int = 16
-    """How many of the evaluation rows are answered by generation: one batch, to be read."""
+    answer_rows: int = 18
+    """How many of the evaluation rows are answered by generation, to be read: one batch."""
 
     # multiple choice
     choice_dataset: str = "GBaker/MedQA-USMLE-4-options"
@@ -60,10 +60,10 @@ class Settings:
     """Commit, tag or branch of that hub data set; None takes the newest and records which it was."""
     choice_rows: int = 1273
     """Questions answered by likelihood, the first ones: 1,273 is the whole MedQA test set."""
-    choice_answer_rows: int = 34
-    """How many of them are answered by generation too: 16 + 34 = 50 generated answers a side."""
+    choice_answer_rows: int = 31
+    """How many of them are answered by generation too: 18 + 31 + the showcase question = 50 answers a side."""
     chat_rows: int = 200
-    """How many of them the base model also answers through its own chat template."""
+    """How many of them the base model also answers by likelihood through its own chat template; 0: nothing through it."""
     score_batch_tokens: int = 8192
     """Tokens in one forward pass of scoring, padding included; 8,192 take under 3 GiB beside the 8B."""
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
+from hub_server import COMMIT, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +28,7 @@ from medcot.evaluation import (
     smallest_difference,
 )
 from medcot.inference import Answer, Answers, Results, Scores
-from medcot.settings import PROFILES, MedcotError
+from medcot.settings import PROFILES, MedcotError, load_settings
 
 EOS = "<eos>"
 ROW = {"Question": "Why?", "Complex_CoT": "one: 1\ntwo: 2", "Response": "This is a score of 2.", "answer": "score of 2",
@@ -96,6 +99,10 @@ DRUGS = ["Aspirin", "Ceftriaxone", "Morphine", "Vitamin C"]
         (r"Therefore \boxed{A}", 0),
         ("**The correct answer is:**\n\n**B. Ceftriaxone**", 1),
         ("Option B would harm. Option C is right.", 2),
+        ("Answer: B\n\nThe patient has meningitis; aspirin would not help.", 1),
+        ("THE CORRECT ANSWER IS D", 3),
+        ("**Final Answer:** $\\boxed{\\text{C}}$", 2),
+        ("The most appropriate choice is therefore **B**.", 1),
         ("B", 1),
         ("**C.** Morphine", 2),
         ("Use ceftriaxone rather than aspirin, so ceftriaxone.", 1),
@@ -103,6 +110,10 @@ DRUGS = ["Aspirin", "Ceftriaxone", "Morphine", "Vitamin C"]
         ("vitamin C is missing", 3),
         ("I would give Ceftriaxon.", 1),
         ("The answer is a fracture.", None),
+        ("The answer is C. difficile.", None),
+        ("C. difficile\nis the cause", None),
+        ("Answer: A 45-year-old man needs ceftriaxone.", 1),
+        ("D. Vitamin C", 3),
         ("The answer is A patient with pain.", None),
         ("The answer is E.", None),
         ("A. wrong\nB. wrong\nC. wrong", None),
@@ -280,6 +291,16 @@ def test_five_questions_cannot_show_anything():
     assert measure.verdict == UNCHANGED and "n = 5 could not have shown any difference" in measure.sentence
 
 
+def test_what_could_have_been_seen_is_said_of_means_too():
+    rng = numpy.random.default_rng(8)
+    before = rng.normal(0, 1, 100)
+    measure = paired_means("x", before, before + rng.normal(0, 0.1, 100), unit="nats", better="lower")
+    assert measure.detectable == pytest.approx(2.83 * 0.1 / 10, rel=0.2)  # (1.96 + 0.84) standard errors, t for normal
+    assert f"n = 100 would have shown {measure.detectable:.3f} nats or more in 4 of 5 runs" in measure.sentence
+    assert "no row differs" in paired_means("x", before, before).sentence
+    assert "n = 4 could not have shown any difference" in paired_means("x", [1, 2, 3, 4], [2, 3, 5, 6]).sentence
+
+
 def test_verdicts_are_plain_sentences():
     better = paired_proportions("right answer", [0] * 9 + [1] * 11, [1] * 9 + [0] + [1] * 10)
     assert better.sentence.startswith(
@@ -372,11 +393,14 @@ def test_swapping_the_sides_of_a_comparison_flips_every_measure():
 
 def test_the_chat_template_stands_beside_the_prompt():
     chat = {"chat_references": references([1.5] * 4 + [1.6] * 4), "chat_choices": scores([2] * 4)}
-    before = results([RIGHT] * 8, [2.0] * 8, [0] * 8, **chat)
+    before = results([RIGHT] * 8, [2.0] * 8, [0] * 8, chat_answers=answers([RIGHT] * 7 + [WRONG]), **chat)
     comparison = compare(before, results([RIGHT] * 8, [1.0] * 8, [2] * 8), ROWS, QUESTIONS)
     own = named(comparison, "multiple choice, own template")
     assert (own.n, own.before, own.after, own.group) == (4, 1.0, 1.0, "chat")
     assert named(comparison, "reference, own template").before == pytest.approx(1.55)
+    answered = named(comparison, "right answer, own template")
+    assert (answered.n, answered.before, answered.after) == (8, 7 / 8, 1.0)
+    assert [m.name for m in comparison.measures if m.group == "chat"][-1] == "length, own template"
 
 
 def test_generated_multiple_choice_answers_are_graded_by_the_chosen_option():
@@ -412,6 +436,21 @@ def test_answers_to_other_questions_are_refused():
 def test_a_missing_reference_is_named():
     with pytest.raises(MedcotError, match=r"row 1 .* has no reference"):
         compare(answers([RIGHT] * 2), answers([RIGHT] * 2), [ROWS[0], ROWS[1] | {"Response": " "}])
+
+
+def test_a_choice_out_of_range_is_named():
+    row = ROWS[0] | {"choices": ["score of 1", "score of 2"], "answer_index": 2}
+    with pytest.raises(MedcotError, match="evaluation row 0: answer 2 is out of range for its 2 choices"):
+        compare(answers([RIGHT]), answers([RIGHT]), [row])
+
+
+def test_rows_with_lettered_options_are_graded_by_them():
+    options = {"A": "score of 1", "B": "score of 2", "C": None}  # as `datasets` fills a column that other rows need
+    row = ROWS[0] | {"options": options, "answer_idx": "B", "family": None}
+    comparison = compare(answers([WRONG]), answers([RIGHT]), [row])
+    assert (named(comparison, "right answer").before, named(comparison, "right answer").after) == (0, 1)
+    assert comparison.rows[0]["expected"] == "score of 2"
+    assert "every step right" not in [m.name for m in comparison.measures]
 
 
 def test_scores_of_other_rows_are_refused():
@@ -484,6 +523,45 @@ def test_a_missing_multiple_choice_file_is_named(tmp_path):
         load_choices(replace(PROFILES["smoke"], choice_dataset=str(tmp_path / "none.jsonl")))
 
 
+HUB_CODE = """
+from dataclasses import replace
+from medcot import PROFILES, load_choices
+questions = load_choices(replace(PROFILES["kaggle-t4"], choice_rows=2, device="cpu"))
+print("LOADED", questions.revision, questions.rows)
+"""
+
+
+def test_the_default_questions_come_from_the_test_split_of_the_hub(tmp_path):
+    # Files, columns and row form of the MedQA copy that Settings names, with invented questions.
+    form = {
+        "answer": "yes",
+        "options": {"A": "no", "B": "yes"},
+        "meta_info": "step1",
+        "answer_idx": "B",
+        "metamap_phrases": [],
+    }
+    served = tmp_path / "served"
+    served.mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"Which {split} {i}?"} | form for i in range(3)]
+        (served / f"phrases_no_exclude_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub = Hub({("dataset", PROFILES["kaggle-t4"].choice_dataset, COMMIT): served})
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    run = subprocess.run(
+        [sys.executable, "-c", HUB_CODE], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    hub.close()
+    loaded = [{"question": f"Which test {i}?", "choices": ["no", "yes"], "answer_index": 1} for i in range(2)]
+    assert f"LOADED {COMMIT} {tuple(loaded)}" in run.stdout, run.stderr[-2000:]
+
+
+def test_the_environment_names_other_questions(choices_file, monkeypatch):
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    monkeypatch.setenv("MEDCOT_CHOICES", choices_file(GOOD).choice_dataset)
+    assert len(load_choices(load_settings())) == 1
+
+
 def test_the_embedded_questions_are_held_out_cases():
     questions = load_choices(PROFILES["smoke"])
     assert len(questions) == 12 and all(len(set(row["choices"])) == 4 for row in questions.rows)
@@ -519,3 +597,16 @@ def test_what_leaked_is_left_out_and_said(capsys):
     assert {m.name: m.n for m in comparison.measures if m.group == "all"}["right answer"] == 7
     assert named(comparison, "multiple choice").n == named(comparison, "reference, nats per token").n == 7
     assert comparison.left_out == 2 and "2 questions are left out" in str(comparison)
+
+
+def test_what_leaked_whole_is_refused():
+    rows, questions = ROWS[:2], replace(QUESTIONS, rows=QUESTIONS.rows[:2])
+    sides = results([RIGHT] * 2, [2.0] * 2, [0] * 2), results([RIGHT] * 2, [1.0] * 2, [2] * 2)
+    asked = {"Question": ["Why 0?", "Why 1?"]}
+    half = Split(["Why 0?", "Why 1?"], [])
+    half.eval = asked
+    comparison = compare(*sides, rows, questions, check_leaks(half, questions))
+    assert [m.name for m in comparison.measures] == ["multiple choice", "multiple choice, per byte"]
+    whole = Split(["Why 0?", "Why 1?", "Which 0?", "Which 1?"], asked["Question"])
+    with pytest.raises(MedcotError, match="every evaluation question stands in the training rows"):
+        compare(*sides, rows, questions, check_leaks(whole, questions))

@@ -286,10 +286,17 @@ def test_both_sides_are_measured_from_one_load(tuned, trained, settings):
         before = evaluate(model, tokenizer, splits, questions, settings)
     after = evaluate(model, tokenizer, splits, questions, replace(settings, choice_answer_rows=2))
     assert before.answers == first and first.path.stat().st_mtime_ns == kept
-    assert len(before.chat_choices) == 6 and len(before.chat_references) == 12
-    assert after.chat_choices is None and before.choice_answers is None and len(after.choice_answers) == 2
+    assert len(before.chat_choices) == 6 and len(before.chat_references) == 12 and len(before.chat_answers) == 6
+    assert [answer.question for answer in before.chat_answers] == [answer.question for answer in before.answers]
+    assert [answer.completion for answer in before.chat_answers] != [answer.completion for answer in before.answers]
+    assert (
+        after.chat_choices is after.chat_answers is None
+        and before.choice_answers is None
+        and len(after.choice_answers) == 2
+    )
     assert after.choice_answers[0].question == list_options(questions.rows[0]["question"], questions.rows[0]["choices"])
     assert before.references.path.parent.name == "scores" and before.showcase_trained and len(before.showcase) == 1
+    assert after.showcase[0].question == before.showcase[0].question == splits.train[2]["Question"]
     assert load_baseline(settings, splits.eval) == first  # nothing else is mistaken for 01's answers
 
 
