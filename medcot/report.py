@@ -348,6 +348,7 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
     losses = [(entry["step"], entry["loss"]) for entry in record["log_history"] if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in record["log_history"] if "eval_loss" in entry]
     memory = "not measured on a CPU" if record["peak_memory_gib"] is None else f"{record['peak_memory_gib']:.2f} GiB"
+    forecast = _forecast(record["forecast"])
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     leaks = "not checked" if comparison.leaks is None else str(comparison.leaks).splitlines()[0]
     return f"""# Run card: profile {settings.profile}
@@ -365,6 +366,8 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
 | steps, epochs | {record["steps"]}, {record["epochs"]:.2f} over {record["examples"]} examples |
 | training | {record["seconds"]:.0f} s on {record["device"]} |
 | peak memory | {memory} |
+| forecast from its first steps | {forecast} |
+| updates skipped, notes | {record["skipped_updates"]}; {"; ".join(record["notes"]) or "none"} |
 | updates skipped | {record.get("skipped_updates", 0)}, as gradients were not finite |
 | incidents | {"; ".join(record.get("notes", [])) or "none"} |
 | training loss | {losses[0][1]:.4f} at step {losses[0][0]}, {losses[-1][1]:.4f} at step {losses[-1][0]} |
@@ -388,6 +391,13 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
 
 {NOTICE}
 """
+
+
+def _forecast(found: dict | None) -> str:
+    if found is None:
+        return "none, the run was too short"
+    memory = "" if found["peak_gib"] is None else f", {found['peak_gib']:.2f} GiB"
+    return f"{60 * found['minutes']:.0f} s{memory}"
 
 
 def _thinned(points, most: int = 10):

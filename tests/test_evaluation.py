@@ -546,7 +546,9 @@ def test_the_default_questions_come_from_the_test_split_of_the_hub(tmp_path):
         rows = [{"question": f"Which {split} {i}?"} | form for i in range(3)]
         (served / f"phrases_no_exclude_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hub = Hub({("dataset", PROFILES["kaggle-t4"].choice_dataset, COMMIT): served})
-    online = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")  # libraries set one another's
+    online = dict.fromkeys(
+        ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0"
+    )  # libraries set one another's
     environment = os.environ | online | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     run = subprocess.run(

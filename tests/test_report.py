@@ -184,3 +184,10 @@ def test_a_hub_model_and_its_data_are_named_in_the_front_matter(trained, compari
     data = ModelCard(_front_matter(comparison, settings, splits, questions) + "text").data
     assert (data.base_model, data.datasets, data.license) == (settings.model, [splits.source], "other")
     assert {result.dataset_type for result in data.eval_results} >= {"GBaker/MedQA-USMLE-4-options"}
+
+
+def test_the_card_sets_the_forecast_beside_what_happened(trained, comparison):
+    card = write_run_card(comparison, trained.settings, load_splits(trained.settings)).read_text()
+    record = json.loads((trained.settings.output_dir / "training.json").read_text())
+    assert f"| forecast from its first steps | {60 * record['forecast']['minutes']:.0f} s |" in card
+    assert f"| training | {record['seconds']:.0f} s on" in card and "| updates skipped, notes | 0; none |" in card

@@ -1,0 +1,100 @@
+"""Before quota is spent: what rules a machine out is said at once, with the cure, and a run is timed before it is begun."""
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from medcot.preflight import check_machine, preflight
+from medcot.settings import PROFILES, MedcotError
+
+
+def cards(monkeypatch, *found):
+    """A machine with these (name, compute capability) cards, as far as torch's questions go."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(found))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(found))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i=0: found[i][0])
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda i=0: found[i][1])
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i=0: SimpleNamespace(total_memory=15 * 2**30))
+
+
+@pytest.fixture
+def gpu_settings(settings):
+    return replace(settings, device="cuda")  # the embedded model, so that no hub is asked
+
+
+def test_a_p100_is_refused_with_the_cure(monkeypatch, gpu_settings):
+    cards(monkeypatch, ("Tesla P100-PCIE-16GB", (6, 0)))
+    with pytest.raises(MedcotError, match=r"Tesla P100-PCIE-16GB has compute capability 6.0 .* GPU T4 x2"):
+        check_machine(gpu_settings)
+
+
+def test_a_second_gpu_that_would_stand_idle_is_pointed_out(monkeypatch, gpu_settings, capsys):
+    cards(monkeypatch, ("Tesla T4", (7, 5)), ("Tesla T4", (7, 5)))
+    check_machine(gpu_settings)
+    assert "1 of 2 GPUs will stand idle: MEDCOT_PROFILE=kaggle-t4x2" in capsys.readouterr().out
+    check_machine(replace(gpu_settings, nproc_per_node=2))
+    assert "idle" not in capsys.readouterr().out
+
+
+def test_two_processes_need_two_gpus(monkeypatch, gpu_settings):
+    cards(monkeypatch, ("Tesla T4", (7, 5)))
+    with pytest.raises(MedcotError, match=r"nproc_per_node=2 and 1 GPU here: choose MEDCOT_PROFILE=kaggle-t4-fast"):
+        check_machine(replace(gpu_settings, nproc_per_node=2))
+
+
+def test_a_cpu_is_told_its_profile(settings, capsys):
+    check_machine(settings)
+    assert "no CUDA GPU: runs on the CPU" in capsys.readouterr().out
+
+
+def test_an_excluded_version_names_the_pin(monkeypatch, settings):
+    from importlib.metadata import version
+
+    monkeypatch.setattr("medcot.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name))
+    with pytest.raises(MedcotError, match=r"transformers 5\.0\.0 is excluded by unsloth: pip install 'transformers"):
+        check_machine(settings)
+
+
+def test_too_little_disk_is_named(monkeypatch, settings):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**20))
+    with pytest.raises(MedcotError, match=r"has 0\.0 GiB free and about 0\.1 are needed"):
+        check_machine(settings)
+
+
+def test_a_model_that_is_neither_here_nor_reachable_is_named(settings):
+    with pytest.raises(
+        MedcotError, match=r"no-one/nothing is not here and the hub cannot be asked .* check the network"
+    ):
+        check_machine(replace(settings, model="no-one/nothing"))
+
+
+def test_everything_wrong_is_said_at_once(monkeypatch, gpu_settings):
+    cards(monkeypatch, ("Tesla P100-PCIE-16GB", (6, 0)))
+    with pytest.raises(MedcotError, match=r"compute capability 6.0.*; nproc_per_node=3.*; model no-one/nothing"):
+        check_machine(replace(gpu_settings, nproc_per_node=3, model="no-one/nothing"))
+
+
+def test_three_real_steps_foretell_the_run_and_leave_nothing(settings, capsys):
+    forecast = preflight(replace(settings, max_steps=40))
+    printed = capsys.readouterr().out
+    assert 0 < forecast["minutes"] < 5 and forecast["peak_gib"] is None
+    assert "64 training rows" in printed and "would lose their answer" in printed
+    assert not list(settings.output_dir.iterdir())
+
+
+def test_the_forecast_comes_near_what_happens(trained):
+    record = __import__("json").loads((trained.settings.output_dir / "training.json").read_text())
+    assert record["forecast"]["minutes"] * 60 == pytest.approx(record["seconds"], rel=0.8)
+
+
+def test_a_run_longer_than_a_session_is_refused(settings):
+    with pytest.raises(MedcotError, match=r"do not fit a session of 12 hours: lower max_steps=100000000"):
+        preflight(replace(settings, max_steps=100_000_000))
+
+
+def test_the_t4x2_profile_keeps_eight_examples_a_step():
+    assert {PROFILES[name].examples_per_step for name in ("kaggle-t4", "kaggle-t4-fast", "kaggle-t4x2")} == {8}
