@@ -469,6 +469,7 @@ def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
             for process in (watch, *watch.children(recursive=True)):
                 found = (c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
                 listening.update(f"{process.name()} {c.laddr}" for c in found if not c.laddr.ip.startswith("127."))
+        time.sleep(0.25)
         return run.poll() is not None
 
     output = []
