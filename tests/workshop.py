@@ -5,6 +5,7 @@ serves jobs; `Workshop` is its client. A job is a function of a test module, cal
 """
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -66,12 +67,13 @@ def serve():
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the replies
     sys.path.insert(0, str(Path(__file__).parent))
-    import matplotlib.figure  # noqa: F401, now, while there is memory to load it
     from conftest import PROFILES
 
     from medcot.modeling import load_model
+    from medcot.tracking import plot_loss
 
     loaded = load_model(PROFILES["smoke"])
+    plot_loss([], 1).savefig(io.BytesIO())  # loads what drawing needs now, while there is memory for it
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
