@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
+CHILD_SECONDS = 180  # after which a job that hangs is ended, so that its test fails instead of waiting
 USER_ERROR = 3  # exit status of a job that raised MedcotError
 
 
@@ -68,7 +69,9 @@ def serve():
     os.dup2(2, 1)  # what libraries print must not stand between the replies
     sys.path.insert(0, str(Path(__file__).parent))
     from conftest import PROFILES
+    from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
     from medcot.modeling import load_model
     from medcot.tracking import plot_loss
 
@@ -88,6 +91,7 @@ def _child(order, loaded):
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(CHILD_SECONDS)
     status = 1
     try:
         from medcot import MedcotError
