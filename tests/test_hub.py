@@ -61,7 +61,9 @@ def fetch(hub, tmp_path):
     """Loads in a fresh process from the server; returns exit status, output and errors."""
 
     def fetch(seconds=3, offline="0", **changes):
-        environment = os.environ | {"HF_HUB_OFFLINE": offline}
+        environment = os.environ | dict.fromkeys(
+            ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), offline
+        )
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": str(seconds), "HF_HUB_ETAG_TIMEOUT": str(seconds)}
         environment["no_proxy"] = environment["NO_PROXY"] = "127.0.0.1"

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -71,7 +72,7 @@ def serve():
     from conftest import PROFILES
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for it for ever
+    tqdm.monitor_interval = 0  # a thread of it could hold a lock at the moment of a fork
     from medcot.modeling import load_model
     from medcot.tracking import plot_loss
 
@@ -87,11 +88,15 @@ def serve():
 
 
 def _child(order, loaded):
+    from tqdm import tqdm
+
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(CHILD_SECONDS)
+    # The default lock is a semaphore that all children share: one that is killed with it would stop all that follow.
+    tqdm.set_lock(threading.RLock())
     status = 1
     try:
         from medcot import MedcotError
