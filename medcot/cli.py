@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def demo(_):
         notebook = nbformat.read(source / f"{name}.ipynb", as_version=4)
         os.environ["WANDB_NOTEBOOK_NAME"] = f"{name}.ipynb"
         try:
-            _client(notebook).execute()
+            with tempfile.TemporaryDirectory() as sockets:
+                _client(notebook, sockets).execute()
         except CellExecutionError as error:
             raise MedcotError(f"{name}.ipynb stopped: {error.ename}: {error.evalue}") from error
         finally:
@@ -96,7 +98,7 @@ def demo(_):
     print(NOTICE)
 
 
-def _client(notebook):
+def _client(notebook, sockets):
     from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
 
@@ -112,9 +114,11 @@ def _client(notebook):
             return super().output(outs, msg, display_id, cell_index)
 
     # The kernel works where the command was called, so that relative paths in MEDCOT_DATASET mean the same in both.
-    # Messages travel over files, not over TCP ports.
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    return Client(notebook, km=manager, timeout=None, resources={"metadata": {"path": os.getcwd()}})
+    # Messages travel over files, not over TCP ports; in a folder of their own, with a name short enough for a socket.
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
+    return Client(
+        notebook, km=manager, timeout=None, coalesce_streams=True, resources={"metadata": {"path": os.getcwd()}}
+    )
 
 
 if __name__ == "__main__":

@@ -72,14 +72,17 @@ def _versions(settings, wrong, notes):
 
 
 def _disk(settings, wrong, notes):
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     needs = {settings.output_dir: OUTPUT_GIB if settings.model != EMBEDDED_MODEL else 0.1}
-    here = Path(settings.model).is_dir() or isinstance(try_to_load_from_cache(settings.model, "config.json"), str)
-    if not here:
+    if not _is_here(settings):
         needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, 16.0)
+    disks = {}  # the cache and the outputs may share one
     for folder, gib in needs.items():
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        place, sofar = disks.get(there.stat().st_dev, (there, 0.0))
+        disks[there.stat().st_dev] = place, sofar + gib
+    for there, gib in disks.values():
         free = shutil.disk_usage(there).free / 2**30
         notes.append(f"{free:.1f} GiB free in {there}, about {gib:.1f} needed")
         if free < gib:
@@ -88,14 +91,25 @@ def _disk(settings, wrong, notes):
             )
 
 
+def _is_here(settings) -> bool:
+    """The model's weights stand in a folder or in the hub's cache, under its name or that of the 4-bit copy."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = (settings.model, f"{settings.model.lower()}-unsloth-bnb-4bit", f"{settings.model}-unsloth-bnb-4bit")
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return Path(settings.model).is_dir() or any(
+        isinstance(try_to_load_from_cache(name, file), str) for name in names for file in files
+    )
+
+
 def _model(settings, wrong, notes):
     """The model stands in a folder or cache here, or the hub answers."""
     if Path(settings.model).is_dir():
         notes.append(f"model in {settings.model}: no network needed")
         return
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
-    if isinstance(try_to_load_from_cache(settings.model, "config.json"), str):
+    if _is_here(settings):
         notes.append(f"model {settings.model} is in the local cache")
         return
     try:

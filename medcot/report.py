@@ -126,10 +126,15 @@ def show_showcase(comparison):
     print(NOTICE)
 
 
+def _forgotten(items) -> str:
+    generated = sum(item["asked"] == "generated" for item in items)
+    return f"{generated} generated answers and {len(items) - generated} options picked by likelihood were right before and are wrong now"
+
+
 def show_forgotten(comparison, rows: int = 10):
     """Prints what was right before and is wrong now: how many, and the first `rows`; all stand in `comparison.json`."""
     forgotten = comparison.forgotten
-    print(f"{len(forgotten)} answers were right before and are wrong now" + (":" if forgotten else ""))
+    print(_forgotten(forgotten) + (":" if forgotten else ""))
     for item in forgotten[:rows]:
         print(f"\n({item['asked']}) {textwrap.shorten(item['question'], 300)}")
         for name in ("expected", "before", "after"):
@@ -367,9 +372,8 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
 | training | {record["seconds"]:.0f} s on {record["device"]} |
 | peak memory | {memory} |
 | forecast from its first steps | {forecast} |
-| updates skipped, notes | {record["skipped_updates"]}; {"; ".join(record["notes"]) or "none"} |
-| updates skipped | {record.get("skipped_updates", 0)}, as gradients were not finite |
-| incidents | {"; ".join(record.get("notes", [])) or "none"} |
+| updates skipped | {record["skipped_updates"]}, as gradients were not finite |
+| incidents | {"; ".join(record["notes"]) or "none"} |
 | training loss | {losses[0][1]:.4f} at step {losses[0][0]}, {losses[-1][1]:.4f} at step {losses[-1][0]} |
 | versions | Python {record["python"]}, {versions} |
 
@@ -387,7 +391,7 @@ def _run_card(comparison, settings, splits, questions, record) -> str:
 {comparison}
 ```
 
-{len(comparison.forgotten)} answers were right before and are wrong now; they are listed in `comparison.json`.
+{_forgotten(comparison.forgotten)}; they are listed in `comparison.json`.
 
 {NOTICE}
 """

@@ -131,6 +131,7 @@ def train(trainer, settings):
     with alone, _interrupts(callback):
         while True:
             checkpoint = last_checkpoint(settings, trainer.train_dataset)
+            _check_processes(trainer, settings, checkpoint)
             if checkpoint and _step(checkpoint) >= settings.max_steps:
                 _take_over(trainer, checkpoint, settings)
                 print(f"already trained, {checkpoint} is its end: delete {checkpoint.parent} to train anew")
@@ -149,6 +150,28 @@ def train(trainer, settings):
         print(
             f"stopped at step {trainer.state.global_step} of {settings.max_steps} ({callback.stop}). Continue with this "
             f"notebook, run again: it goes on from {folder}; in a new session attach this one's output first"
+        )
+
+
+def _check_processes(trainer, settings, checkpoint):
+    """Raises MedcotError if the processes at work are not those that the settings count on, or see other checkpoints."""
+    import torch
+
+    args = trainer.args
+    step = _step(checkpoint) if checkpoint else 0
+    if args.world_size > 1:
+        steps = [None] * args.world_size
+        torch.distributed.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise MedcotError(
+                f"the processes see checkpoints of steps {steps}: MEDCOT_OUT must be a folder they all share"
+            )
+    now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if now != settings.examples_per_step and step < settings.max_steps:
+        raise MedcotError(
+            f"{args.world_size} process here would take {now} examples a step and the settings say "
+            f"{settings.examples_per_step} (nproc_per_node={settings.nproc_per_node}), at step {step} of "
+            f"{settings.max_steps}: run train_on_all_gpus(settings), which goes on from there, or choose another profile"
         )
 
 
@@ -193,10 +216,10 @@ def last_checkpoint(settings, examples) -> Path | None:
             continue
         there = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
         if odd := _differences(there, _identity(settings, examples)):
-            raise MedcotError(
-                f"{checkpoint} is of another run: {', '.join(odd)}. Set that back, or choose another output folder "
-                "(MEDCOT_OUT) or delete the checkpoints to train anew"
-            )
+            cure = "choose another output folder (MEDCOT_OUT) or delete the checkpoints to train anew"
+            if checkpoint.parent != folders[0]:
+                cure = "detach that input, or set MEDCOT_EARLIER to an empty folder, to train anew"
+            raise MedcotError(f"{checkpoint} is of another run: {', '.join(odd)}. Set that back, or {cure}")
         return checkpoint
     return None
 
@@ -260,7 +283,7 @@ def _take_over(trainer, checkpoint: Path, settings):
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if not (settings.output_dir / RECORD_FILE).is_file():
+    if trainer.is_world_process_zero() and not (settings.output_dir / RECORD_FILE).is_file():
         _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset))
 
 
@@ -364,11 +387,10 @@ def _callback(settings):
 
         def on_step_end(self, args, state, control, model=None, **_):
             self.bar.update(state.global_step - self.bar.n)
-            if self.step_seconds is not None:
-                self.step_seconds.append(time.monotonic() - self.step_started)
-                if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
-                    state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
-                    self.bar.write(_in_words(state.log_history[-1]["forecast"], settings))
+            self.step_seconds.append(time.monotonic() - self.step_started)
+            if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
+                state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
+                self.bar.write(_in_words(state.log_history[-1]["forecast"]))
             if self.skipped:
                 state.log_history.append({"step": state.global_step, "skipped_update": True})
                 in_all, in_a_row = _skipped(state.log_history)
@@ -443,12 +465,12 @@ def forecast(callback, args, state) -> dict:
         )
         before, most = callback.memory_before, torch.cuda.max_memory_allocated()
         peak = (before + (most - before) * max(widths) / seen) / 2**30
-    return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak}
+    return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak, "steps": state.max_steps - start}
 
 
-def _in_words(found: dict, settings) -> str:
+def _in_words(found: dict) -> str:
     memory = "" if found["peak_gib"] is None else f" and {found['peak_gib']:.1f} GiB of GPU memory at the widest batch"
-    return f"forecast from the first {FORECAST_STEPS} steps: {settings.max_steps} steps take about {found['minutes']:.1f} minutes{memory}"
+    return f"forecast from the first {FORECAST_STEPS} steps: {found['steps']} steps take about {found['minutes']:.1f} minutes{memory}"
 
 
 def run_training(settings):
@@ -481,18 +503,26 @@ def train_on_all_gpus(settings):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc_per_node}",
                "-m", "medcot.cli", "train", "--settings", str(file)]  # fmt: skip
     chart, history, last = LossChart(settings), [], collections.deque(maxlen=30)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    # In a session of its own, so that an interrupt reaches the processes once: from here.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        # newline="" keeps the carriage returns, with which progress bars stay on their line
+        lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
         try:
-            # newline="" keeps the carriage returns, with which progress bars stay on their line
-            for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
-                if LOG_MARK in line:
-                    history.append(json.loads(line.partition(LOG_MARK)[2]))
+            for line in lines:
+                before, mark, entry = line.partition(LOG_MARK)
+                try:
+                    # The processes share the pipe, so something of another one may stand behind an entry.
+                    history.append(json.JSONDecoder().raw_decode(entry)[0])
                     chart.draw(history)
-                else:
-                    print(line, end="", flush=True)
-                    last.append(line)
-        except KeyboardInterrupt:  # each rank stops after its step; the first one leaves a checkpoint
+                except ValueError:
+                    before += mark + entry
+                print(before, end="", flush=True)
+                last.append(before)
+        except KeyboardInterrupt:  # each process stops after its step, and the first one leaves a checkpoint
             process.send_signal(signal.SIGINT)
+            for line in lines:
+                print(line, end="", flush=True)
+            process.wait()
             raise
     if process.returncode:
         raise MedcotError(
@@ -513,7 +543,7 @@ def _write_record(settings, args, state, examples):
     record = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
         "examples": examples,
-        "examples_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "examples_per_step": settings.examples_per_step,
         "steps": state.global_step,
         "epochs": state.epoch,
         "seconds": _seconds(state.log_history),

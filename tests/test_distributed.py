@@ -97,3 +97,14 @@ def test_one_process_starts_nothing(trained, capsys):
     train_on_all_gpus(trained.settings)
     assert capsys.readouterr().out == "training runs in this notebook, below\n"
     assert not Path(trained.settings.output_dir / "settings.json").exists()
+
+
+def test_one_process_does_not_go_on_with_half_the_examples_of_two(trained, tmp_path):
+    two = replace(
+        trained.settings, per_device_train_batch_size=2, nproc_per_node=2, output_dir=tmp_path, report_to="none"
+    )
+    examples = to_examples(trained.splits.train, trained.tokenizer, two, show=False)
+    model, tokenizer = load_model(two)
+    trainer = make_trainer(add_lora(model, two), tokenizer, examples, two)
+    with pytest.raises(MedcotError, match=r"would take 2 examples a step and the settings say 4 .* train_on_all_gpus"):
+        train(trainer, two)

@@ -122,7 +122,10 @@ def test_three_answers_are_chosen_by_rule_and_shown_in_full(comparison, capsys):
 def test_what_was_forgotten_is_counted_and_listed(comparison, capsys):
     show_forgotten(comparison, rows=1)
     printed = capsys.readouterr().out
-    assert "2 answers were right before and are wrong now:" in printed and "(generated) Why 3?" in printed
+    assert (
+        "1 generated answers and 1 options picked by likelihood were right before and are wrong now:" in printed
+        and "(generated) Why 3?" in printed
+    )
     assert "1 more in comparison.json" in printed
 
 
@@ -190,4 +193,4 @@ def test_the_card_sets_the_forecast_beside_what_happened(trained, comparison):
     card = write_run_card(comparison, trained.settings, load_splits(trained.settings)).read_text()
     record = json.loads((trained.settings.output_dir / "training.json").read_text())
     assert f"| forecast from its first steps | {60 * record['forecast']['minutes']:.0f} s |" in card
-    assert f"| training | {record['seconds']:.0f} s on" in card and "| updates skipped, notes | 0; none |" in card
+    assert f"| training | {record['seconds']:.0f} s on" in card and "| updates skipped | 0, as" in card
