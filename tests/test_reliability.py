@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -424,13 +425,20 @@ def test_two_processes_that_answer_in_one_folder_are_refused(do, tmp_path):
     assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
-def test_the_stop_button_of_a_notebook_leaves_a_checkpoint_and_runs_on(tmp_path, monkeypatch):
+@pytest.fixture
+def sockets():
+    """A folder with a name that is short enough for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def test_the_stop_button_of_a_notebook_leaves_a_checkpoint_and_runs_on(tmp_path, sockets, monkeypatch):
     monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
     monkeypatch.setenv("MEDCOT_OUT", str(tmp_path))
     notebook = nbformat.read(REPOSITORY / "notebooks" / "02_finetune.ipynb", as_version=4)
     (cell,) = (cell for cell in notebook.cells if cell.source.startswith("settings = load_settings()"))
     cell.source += "\nfrom dataclasses import replace\nsettings = replace(settings, save_steps=1, max_steps=90)"
-    manager = KernelManager(kernel_name="python3", transport="ipc")
+    manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
     client = NotebookClient(notebook, km=manager, timeout=120)
 
     def press():
