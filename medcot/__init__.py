@@ -2,7 +2,7 @@
 
 from .data import audit, load_splits, show_example, to_examples
 from .evaluation import check_leaks, compare, load_choices
-from .inference import baseline_status, evaluate, generate_answers, load_baseline, run_harness
+from .inference import baseline_status, evaluate, evaluate_on_all_gpus, generate_answers, load_baseline, run_harness
 from .modeling import add_lora, load_model, load_tokenizer, save_adapter
 from .preflight import check_machine
 from .prompts import format_example, format_prompt, parse_completion
@@ -21,7 +21,7 @@ from .training import make_trainer, train, train_on_all_gpus
 
 __all__ = [
     "PROFILES", "MedcotError", "Settings", "add_lora", "audit", "baseline_status", "browse", "check_leaks", "check_machine", "compare",
-    "evaluate", "format_example", "format_prompt", "generate_answers", "load_baseline", "load_choices", "load_model",
+    "evaluate", "evaluate_on_all_gpus", "format_example", "format_prompt", "generate_answers", "load_baseline", "load_choices", "load_model",
     "load_settings", "load_splits", "load_tokenizer", "make_trainer", "parse_completion", "plot_comparison",
     "plot_families", "plot_token_counts", "run_harness", "save_adapter", "show_example", "show_examples",
     "show_forgotten", "show_showcase", "to_examples", "train", "train_on_all_gpus", "write_run_card",

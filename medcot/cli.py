@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="what 02_finetune does; under torchrun on many GPUs")
     train.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
     train.set_defaults(run=finetune)
+    evaluation = commands.add_parser("evaluate", help="what 03_compare measures; under torchrun on many GPUs")
+    evaluation.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
+    evaluation.set_defaults(run=evaluate)
     kaggle.add_commands(commands)
     options = parser.parse_args(arguments)
     try:
@@ -58,10 +61,21 @@ def finetune(options):
     """Trains and saves the adapter, in one process or as one of those that torchrun started."""
     from .training import run_training
 
+    run_training(_settings_of_a_process(options))
+
+
+def evaluate(options):
+    """Measures base and fine-tuned model, in one process or as one of those that torchrun started."""
+    from .inference import run_evaluation
+
+    run_evaluation(_settings_of_a_process(options))
+
+
+def _settings_of_a_process(options):
     settings = load_settings() if options.settings is None else read_settings(options.settings)
     if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the first process speaks for all
-    run_training(settings)
+    return settings
 
 
 def demo(_):

@@ -1,7 +1,9 @@
 """Answers and likelihoods: batched, each kept on disk as soon as it is there."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from .data import SHOWCASE_QUESTION, normalise
 from .modeling import for_inference, free_decoding_memory, report_memory, weights_id
 from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
-from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, only_process
+from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, on_all_gpus, only_process
 
 BASELINE, FINETUNED = "baseline", "finetuned"
 # What the data set's Response to the showcase question says, for runs whose rows do not hold it.
@@ -69,7 +71,8 @@ def generate_answers(model, tokenizer, rows, settings) -> Answers:
 
     Questions of similar length are batched, left-padded. Every finished batch is appended to a file under the output
     folder, so that a second call goes on where the first one stopped. The file's name holds a hash of what made it
-    (weights, settings, questions), so that answers made with anything else are never taken up.
+    (weights, settings, questions), so that answers made with anything else are never taken up. Where torchrun started
+    several processes, they take the batches in turn.
     """
     return _answer_all(model, tokenizer, rows.select(range(min(settings.answer_rows, len(rows)))), settings, "answers")
 
@@ -80,13 +83,12 @@ def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = Fals
     prompts = [encode(make(question)) for question in rows["Question"]]
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
     batches = _batches_that_fit(order, prompts, model, settings)
-    with only_process(path.parent):
+    with _only_writer(path.parent):
         done = _read(path, header, len(rows), _ANSWER_KEYS)
         # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
         todo = [batch for batch in batches if not done.keys() >= set(batch)]
         if todo:
             check_disk(path, 16 * 2**20)
-            _cut_torn_line(path)
             _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
             report_memory("answers generated")
             free_decoding_memory(model)
@@ -96,6 +98,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = Fals
 def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
     """Row indices in batches of like length, of at most `generation_batch_size` rows and `generation_memory_gib` GiB.
 
+    As even as they can be, and as many as make every process's share equal: a batch takes as long as its longest answer.
     A row needs its keys and values twice for the prompt (once as the prefill makes them, once where decoding appends)
     and once for the new tokens, and about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a prompt token while
     they are made: measured as 4.6 GiB for 32 rows of 200 + 192 tokens of the 8-billion-parameter shape. From settings
@@ -104,12 +107,14 @@ def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
     config = model.config
     heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     token = 2 * 2 * config.num_hidden_layers * heads
+    rounds = math.ceil(len(order) / (settings.generation_batch_size * settings.nproc_per_node))
+    even = math.ceil(len(order) / max(1, rounds * settings.nproc_per_node))
     batches = []
     for i in order:  # by length, so the newest row is the longest and sets what every row of its batch takes
         prompt = len(prompts[i])
         row = token * (2 * prompt + settings.max_new_tokens + 256)
         row += prompt * 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
-        most = max(1, min(settings.generation_batch_size, int(settings.generation_memory_gib * 2**30 / row)))
+        most = max(1, min(even, int(settings.generation_memory_gib * 2**30 / row)))
         if batches and len(batches[-1]) < most:
             batches[-1].append(i)
         else:
@@ -146,7 +151,8 @@ def load_baseline(settings, rows) -> Answers:
 
 def _cache(weights: str, rows, settings, folder: str = "answers") -> tuple[dict, Path]:
     """What identifies a set of answers, and the file that keeps them."""
-    names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size generation_memory_gib temperature"
+    names = "model model_revision load_in_4bit device max_new_tokens generation_batch_size generation_memory_gib"
+    names += " nproc_per_node temperature"
     name = BASELINE if weights == "base" else FINETUNED
     # Only answers to the evaluation rows are headed "baseline": by that word a later session knows what 01 left.
     header = {"answers": name if folder == "answers" else f"{folder}, {name}", "weights": weights}
@@ -216,7 +222,6 @@ def _cut_torn_line(path: Path):
 
 
 def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done):
-    from tqdm import tqdm  # as text, which also a batch log and a terminal show
     from transformers import GenerationConfig, set_seed
 
     model = for_inference(model)
@@ -228,27 +233,74 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(rows), unit="answer", desc=header["answers"]) as bar:
-        bar.update(len(rows) - sum(len(batch) for batch in todo))
-        if not path.stat().st_size:
-            file.write(json.dumps(header) + "\n")
-        for batch in todo:
-            set_seed(settings.seed + batch[0])
-            started = time.monotonic()
-            inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
-            output = _generate_batch(model, inputs.to(model.device), config)
-            seconds = time.monotonic() - started
-            for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                if tokenizer.eos_token_id in tokens:
-                    tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-                done[i] = {
-                    "row": i, "completion": tokenizer.decode(tokens), "eos_token": tokenizer.eos_token,
-                    "new_tokens": len(tokens), "batch_seconds": round(seconds, 3),
-                }  # fmt: skip
-                file.write(json.dumps(done[i], ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(batch))
+
+    def answer(batch):
+        set_seed(settings.seed + batch[0])
+        started = time.monotonic()
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        output = _generate_batch(model, inputs.to(model.device), config)
+        seconds = time.monotonic() - started
+        for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            if tokenizer.eos_token_id in tokens:
+                tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
+            yield {
+                "row": i, "completion": tokenizer.decode(tokens), "eos_token": tokenizer.eos_token,
+                "new_tokens": len(tokens), "batch_seconds": round(seconds, 3),
+            }  # fmt: skip
+
+    _work(answer, todo, path, header, done, len(rows), "answer", header["answers"])
+
+
+def _work(make, todo, path, header, done, rows: int, unit: str, title: str):
+    """Makes the entries of each batch of `todo`, adds them to `done` and to the file as soon as they are there.
+
+    Where torchrun started several processes, each makes every so many-th batch and the first one writes them all, so
+    that the file is the one that a single process writes.
+    """
+    from tqdm import tqdm  # as text, which also a batch log and a terminal show
+
+    rank, processes = _process()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=rows, unit=unit, desc=title, disable=rank > 0))
+        bar.update(rows - sum(map(len, todo)))
+        if rank == 0:
+            _cut_torn_line(path)
+            file = stack.enter_context(path.open("a", encoding="utf-8"))
+            if not path.stat().st_size:
+                file.write(json.dumps(header) + "\n")
+        for first in range(0, len(todo), processes):
+            turn = todo[first : first + processes]
+            entries = _gather(list(make(turn[rank])) if rank < len(turn) else [])
+            done |= {entry["row"]: entry for entry in entries}
+            if rank == 0:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+                file.flush()
+            bar.update(len(entries))
+
+
+def _process() -> tuple[int, int]:
+    """(number of this process, number of processes) among those that share the evaluation."""
+    import torch
+
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+
+def _gather(entries: list) -> list:
+    """The entries of all processes, in their order."""
+    import torch
+
+    _, processes = _process()
+    if processes == 1:
+        return entries
+    parts = [None] * processes
+    torch.distributed.all_gather_object(parts, entries)
+    return [entry for part in parts for entry in part]
+
+
+def _only_writer(folder: Path):
+    """`only_process` for the one process that writes."""
+    return only_process(folder) if _process()[0] == 0 else contextlib.nullcontext()
 
 
 def _generate_batch(model, inputs, config):
@@ -373,12 +425,11 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     header["tokens"] = hashlib.sha256(json.dumps(list(items.items())).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
     path = settings.output_dir / "scores" / f"{name}-{what.replace(' ', '-')}-{digest[:8]}.jsonl"
-    with only_process(path.parent):
+    with _only_writer(path.parent):
         done = _read(path, header, max(items, default=0) + 1, _SCORE_KEYS)
         todo = [b for b in _batches_by_length(items, settings.score_batch_tokens) if not done.keys() >= set(b)]
         if todo:
             check_disk(path, 16 * 2**20)
-            _cut_torn_line(path)
             _score(model, tokenizer, items, todo, path, header, done)
             report_memory(f"{what} scored")
     odd = [i for i in items if [len(c) for c in items[i][1]] != done[i]["tokens"]]
@@ -389,20 +440,14 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
 
 
 def _score(model, tokenizer, items, todo, path, header, done):
-    from tqdm import tqdm
-
     model = for_inference(model)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(items), unit="row", desc=path.stem[:-9]) as bar:
-        bar.update(len(items) - sum(map(len, todo)))
-        if not path.stat().st_size:
-            file.write(json.dumps(header) + "\n")
-        for batch in todo:
-            for i, scored in zip(batch, _score_batch(model, tokenizer, [items[i] for i in batch]), strict=True):
-                tokens = [len(continuation) for continuation in items[i][1]]
-                done[i] = {"row": i, "log_likelihood": scored, "tokens": tokens}
-                file.write(json.dumps(done[i]) + "\n")
-            file.flush()
-            bar.update(len(batch))
+    shared = _keys_and_values(model, _shared_tokens(items))
+
+    def score(batch):
+        for i, scored in zip(batch, _score_batch(model, tokenizer, [items[i] for i in batch], shared), strict=True):
+            yield {"row": i, "log_likelihood": scored, "tokens": [len(tokens) for tokens in items[i][1]]}
+
+    _work(score, todo, path, header, done, len(items), "row", path.stem[:-9])
 
 
 def _batches_by_length(items, most_tokens: int) -> list[list[int]]:
@@ -418,15 +463,53 @@ def _batches_by_length(items, most_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _score_batch(model, tokenizer, items) -> list[list[float]]:
+def _shared_tokens(items) -> list[int]:
+    """The tokens that all prompts begin with, at least one token short of the shortest; none for single continuations.
+
+    For multiple choice this is the instruction before the question: a quarter of what would be computed anew for each.
+    Single continuations do without a mask, which a shared beginning would need, and would save a tenth.
+    """
+    if all(len(continuations) == 1 for _, continuations in items.values()):
+        return []
+    prompts = [prompt for prompt, _ in items.values()]
+    first, last = min(prompts), max(prompts)  # in dictionary order: what these two share, all share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(same, *(len(prompt) - 1 for prompt in prompts))]
+
+
+def _keys_and_values(model, tokens):
+    """(number of tokens, keys and values of each layer, of shape 1 x heads x tokens x head size)."""
+    import torch
+
+    if not tokens:
+        return 0, None
+    device_type = torch.device(model.device).type
+    with torch.inference_mode(), torch.autocast(device_type, dtype=torch.float16, enabled=device_type == "cuda"):
+        ids = torch.tensor([tokens], device=model.device)
+        return len(tokens), model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+
+
+def _for_each_row(shared, rows: int):
+    """Shared keys and values as the past of a batch, in the form they came in: unsloth's own, or the cache of transformers."""
+    from transformers import DynamicCache
+
+    layers = shared if isinstance(shared, tuple) else [(layer.keys, layer.values) for layer in shared.layers]
+    layers = tuple(tuple(part.expand(rows, -1, -1, -1) for part in layer) for layer in layers)
+    return layers if isinstance(shared, tuple) else DynamicCache(layers)
+
+
+def _score_batch(model, tokenizer, items, shared=(0, None)) -> list[list[float]]:
     """Log-likelihood in nats of every continuation of every item, in one forward pass over each prompt.
 
     The continuations of an item stand behind its prompt one after the other; positions and mask make each of them see
-    the prompt and itself only, so the prompt is computed once. Logits are taken only where a token is predicted, a few
-    positions at a time: a whole batch of them would be 8,192 x 128,256 x 4 bytes = 4 GiB.
+    the prompt and itself only, so the prompt is computed once. `shared` (`_keys_and_values`) is what all the prompts
+    begin with and is not computed again. Logits are taken only where a token is predicted, a few positions at a time: a
+    whole batch of them would be 8,192 x 128,256 x 4 bytes = 4 GiB.
     """
     import torch
 
+    skipped, past = shared
+    items = [(prompt[skipped:], continuations) for prompt, continuations in items]
     longest = max(len(prompt) + sum(map(len, continuations)) for prompt, continuations in items)
     ids = torch.full((len(items), longest), tokenizer.pad_token_id)
     positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)  # segment 0 is the prompt, -1 the padding
@@ -451,11 +534,11 @@ def _score_batch(model, tokenizer, items) -> list[list[float]]:
         seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
         # Added to the attention scores, so in the type they are computed in (float16 under autocast).
         dtype = torch.float16 if seen.is_cuda else model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        arguments = {
-            "attention_mask": mask.masked_fill(~seen, torch.finfo(dtype).min),
-            "position_ids": positions.to(model.device),
-        }
+        mask = torch.zeros((*seen.shape[:3], skipped + longest), dtype=dtype, device=seen.device)
+        mask[..., skipped:].masked_fill_(~seen, torch.finfo(dtype).min)
+        arguments = {"attention_mask": mask, "position_ids": skipped + positions.to(model.device)}
+        if past is not None:
+            arguments["past_key_values"] = _for_each_row(past, len(items))
     # With one continuation, padding stands on the right where the causal order hides it: no mask is needed.
     device_type = torch.device(model.device).type
     totals, chunk = [[0.0] * len(continuations) for _, continuations in items], 256
@@ -548,6 +631,40 @@ def evaluate(model, tokenizer, splits, questions, settings) -> Results:
         chat_references=score_references(model, tokenizer, rows, settings, chat=True),
         chat_choices=score_choices(model, tokenizer, questions.rows[: settings.chat_rows], settings, chat=True),
     )
+
+
+def run_evaluation(settings):
+    """What 03_compare measures on both sides, in one process or as one of those that torchrun started."""
+    import torch
+
+    from .data import load_splits
+    from .evaluation import load_choices
+    from .modeling import load_model
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Only finished entries travel between the processes, so the transport of CPUs serves on GPUs too.
+        torch.distributed.init_process_group("gloo")
+        if settings.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    splits, questions = load_splits(settings), load_choices(settings)
+    model, tokenizer = load_model(settings, adapter=settings.adapter_dir)
+    with model.disable_adapter():
+        evaluate(model, tokenizer, splits, questions, settings)
+    evaluate(model, tokenizer, splits, questions, settings)
+    if _process()[1] > 1:
+        torch.distributed.destroy_process_group()
+
+
+def evaluate_on_all_gpus(settings):
+    """Evaluates with `nproc_per_node` processes, one a GPU, started by torchrun; does nothing where that is 1.
+
+    They divide the batches among them and leave the files that one process leaves, so that `evaluate` finds its work
+    done. Raises MedcotError, with the last lines that were printed, if any of the processes fails.
+    """
+    if settings.nproc_per_node == 1:
+        print("the evaluation runs in this notebook, below")
+    else:
+        on_all_gpus(settings, "evaluate")
 
 
 def showcase_row(splits) -> dict:

@@ -1,11 +1,16 @@
 """Every number of a run: the settings, the profiles, and where files go."""
 
+import collections
 import contextlib
+import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
@@ -51,7 +56,7 @@ class Settings:
     eval_rows: int = 100
     """Evaluation rows: the ones right after the training rows."""
     answer_rows: int = 18
-    """How many of the evaluation rows are answered by generation, to be read: one batch."""
+    """How many of the evaluation rows are answered by generation, to be read."""
 
     # multiple choice
     choice_dataset: str = "GBaker/MedQA-USMLE-4-options"
@@ -89,7 +94,7 @@ class Settings:
     gradient_accumulation_steps: int = 4
     """Forward passes per step: 2 x 4 = 8 examples a step."""
     nproc_per_node: int = 1
-    """Processes, one a GPU, that torchrun starts for training; each step's examples are divided among them."""
+    """Processes, one a GPU, that torchrun starts for training and evaluation; examples and batches are divided among them."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     max_steps: int = 60
@@ -120,8 +125,9 @@ class Settings:
     # generation
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
-    generation_batch_size: int = 32
-    """Questions answered at once, at most."""
+    generation_batch_size: int = 16
+    """Questions answered at once, at most. For up to 16 a T4 multiplies by the 4-bit weights as they are; for more, each
+    token unpacks all of them into 14 GB first (unsloth's fast_linear_forward on sm_75)."""
     generation_memory_gib: float = 5.0
     """GiB on a GPU for what a batch of questions needs beside the weights; batches of long questions are made smaller."""
     temperature: float = 0.0
@@ -383,6 +389,39 @@ def only_process(folder: Path):
         yield
     finally:
         lock.release()
+
+
+def on_all_gpus(settings, command: str, read=lambda line: line):
+    """Runs `medcot COMMAND` in `nproc_per_node` processes, one a GPU, started by torchrun, and shows what they print.
+
+    `read` gets each line and returns what of it is shown. Raises MedcotError, with the last lines, if a process fails.
+    """
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    file = settings.output_dir / "settings.json"
+    file.write_text(json.dumps(asdict(settings), default=str, indent=1), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc_per_node}",
+              "-m", "medcot.cli", command, "--settings", str(file)]  # fmt: skip
+    last = collections.deque(maxlen=30)
+    # In a session of its own, so that an interrupt reaches the processes once: from here.
+    with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        # newline="" keeps the carriage returns, with which progress bars stay on their line
+        lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+        try:
+            for line in lines:
+                shown = read(line)
+                print(shown, end="", flush=True)
+                last.append(shown)
+        except KeyboardInterrupt:  # each process ends in its own way: training with a checkpoint
+            process.send_signal(signal.SIGINT)
+            for line in lines:
+                print(line, end="", flush=True)
+            process.wait()
+            raise
+    if process.returncode:
+        raise MedcotError(
+            f"medcot {command} on {settings.nproc_per_node} GPUs failed with status {process.returncode}; the last "
+            "lines:\n" + "".join(last)
+        )
 
 
 def patiently(call, what: str):

@@ -1,16 +1,13 @@
 """The trainer: a plain function that returns a stock TRL trainer."""
 
-import collections
 import contextlib
 import gc
 import hashlib
-import io
 import json
 import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .modeling import for_training, keep_activations
-from .settings import MedcotError, check_disk, on_kaggle, only_process
+from .settings import MedcotError, check_disk, on_all_gpus, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
 RECORD_FILE = "training.json"
@@ -497,38 +494,19 @@ def train_on_all_gpus(settings):
     if settings.nproc_per_node == 1:
         print("training runs in this notebook, below")
         return
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    file = settings.output_dir / "settings.json"
-    file.write_text(json.dumps(asdict(settings), default=str, indent=1), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc_per_node}",
-               "-m", "medcot.cli", "train", "--settings", str(file)]  # fmt: skip
-    chart, history, last = LossChart(settings), [], collections.deque(maxlen=30)
-    # In a session of its own, so that an interrupt reaches the processes once: from here.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
-        # newline="" keeps the carriage returns, with which progress bars stay on their line
-        lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+    chart, history = LossChart(settings), []
+
+    def read(line):
+        before, mark, entry = line.partition(LOG_MARK)
         try:
-            for line in lines:
-                before, mark, entry = line.partition(LOG_MARK)
-                try:
-                    # The processes share the pipe, so something of another one may stand behind an entry.
-                    history.append(json.JSONDecoder().raw_decode(entry)[0])
-                    chart.draw(history)
-                except ValueError:
-                    before += mark + entry
-                print(before, end="", flush=True)
-                last.append(before)
-        except KeyboardInterrupt:  # each process stops after its step, and the first one leaves a checkpoint
-            process.send_signal(signal.SIGINT)
-            for line in lines:
-                print(line, end="", flush=True)
-            process.wait()
-            raise
-    if process.returncode:
-        raise MedcotError(
-            f"training on {settings.nproc_per_node} GPUs failed with status {process.returncode}; the last lines:\n"
-            + "".join(last)
-        )
+            # The processes share the pipe, so something of another one may stand behind an entry.
+            history.append(json.JSONDecoder().raw_decode(entry)[0])
+            chart.draw(history)
+        except ValueError:
+            before += mark + entry
+        return before
+
+    on_all_gpus(settings, "train", read)
 
 
 def _seconds(history) -> float:

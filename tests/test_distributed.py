@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -11,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from medcot import add_lora, load_model, make_trainer, to_examples, train
+from medcot import add_lora, evaluate_on_all_gpus, load_model, make_trainer, to_examples, train
+from medcot.inference import run_evaluation
 from medcot.modeling import ADAPTER_FILES, weights_id
-from medcot.settings import MedcotError
+from medcot.settings import ADAPTER_FOLDER, MedcotError
 from medcot.training import run_training, train_on_all_gpus
 
 
@@ -68,34 +72,113 @@ def test_the_notebook_finds_the_work_done(pair, capsys):
 
 def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
     settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
+    message = killed_in(train_on_all_gpus, settings, lambda rank: rank.cpu_times().user > 8)
+    assert "medcot train on 2 GPUs failed with status 1" in message
+
+
+def killed_in(run, settings, ready):
+    """Kills the second process of a run on two as soon as it is `ready`; returns what the run raised."""
     raised = []
 
-    def run():
+    def call():
         try:
-            train_on_all_gpus(settings)
+            run(settings)
         except MedcotError as error:
             raised.append(str(error))
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=call)
     thread.start()
     deadline, victim = time.monotonic() + 120, None
     while victim is None and time.monotonic() < deadline:
-        time.sleep(1)
+        time.sleep(0.1)
         ranks = [
             p for p in psutil.Process(os.getpid()).children(recursive=True) if "medcot.cli" in " ".join(p.cmdline())
         ]
-        victim = next((p for p in ranks if p.environ().get("RANK") == "1" and p.cpu_times().user > 8), None)
+        victim = next((p for p in ranks if p.environ().get("RANK") == "1" and ready(p)), None)
     assert victim is not None
     victim.send_signal(signal.SIGKILL)
     thread.join(timeout=120)
-    assert not thread.is_alive()
-    assert raised and "training on 2 GPUs failed with status 1" in raised[0]
+    assert not thread.is_alive() and len(raised) == 1
     assert not psutil.pid_exists(victim.pid)
+    return raised[0]
+
+
+def measured(settings):
+    """What stands in the files of answers and scores, by file, without times."""
+    return {
+        str(path.relative_to(settings.output_dir)): [
+            {key: value for key, value in json.loads(line).items() if key != "batch_seconds"} for line in path.open()
+        ]
+        for path in sorted(settings.output_dir.glob("*/*.jsonl"))
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory):
+    """The evaluation of the adapter of `pair`, for two processes, done by one."""
+    settings = replace(pair[1], output_dir=tmp_path_factory.mktemp("alone"), generation_batch_size=2)
+    shutil.copytree(pair[1].adapter_dir, settings.output_dir / ADAPTER_FOLDER)
+    run_evaluation(settings)
+    return settings
+
+
+def test_two_processes_measure_what_one_measures(alone, pair, capsys):
+    two = replace(alone, output_dir=pair[1].output_dir)
+    evaluate_on_all_gpus(two)
+    found, expected = measured(two), measured(alone)
+    assert len(expected) == 11 and found == expected
+    shown = capsys.readouterr().out
+    assert "baseline-references: 100%" in shown and "finetuned-choices: 100%" in shown
+    # The notebook's own process then finds nothing left to do.
+    times = {path: path.stat().st_mtime_ns for path in two.output_dir.glob("*/*.jsonl")}
+    run_evaluation(two)
+    assert {path: path.stat().st_mtime_ns for path in two.output_dir.glob("*/*.jsonl")} == times
+
+
+def test_each_process_takes_half_of_the_batches(tmp_path):
+    code = """
+import json, os, sys, torch
+from pathlib import Path
+from medcot.inference import _process, _work
+torch.distributed.init_process_group("gloo")
+rank, processes = _process()
+done = {}
+_work(lambda batch: [{"row": i, "rank": rank} for i in batch], [[0, 1], [2], [3], [4, 5], [6]], Path(sys.argv[1]), {}, done, 7, "row", "rows")
+Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps([done[i]["rank"] for i in range(7)]))
+"""
+    file = tmp_path / "rows.jsonl"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, script, file], check=True, capture_output=True)
+    assert [json.loads(line) for line in file.open()] == [
+        {}, *({"row": i, "rank": rank} for i, rank in enumerate([0, 0, 1, 0, 1, 1, 0]))
+    ]  # fmt: skip
+    for rank in range(2):  # both know all of it
+        assert json.loads(Path(f"{file}.{rank}").read_text()) == [0, 0, 1, 0, 1, 1, 0]
+
+
+def test_a_process_that_dies_while_answering_leaves_what_was_finished(alone, tmp_path):
+    settings = replace(alone, output_dir=tmp_path)
+    shutil.copytree(alone.adapter_dir, tmp_path / ADAPTER_FOLDER)
+
+    def answering(_):
+        return any(path.read_bytes().count(b"\n") > 2 for path in tmp_path.glob("answers/baseline-*.jsonl"))
+
+    assert "medcot evaluate on 2 GPUs failed with status 1" in killed_in(evaluate_on_all_gpus, settings, answering)
+    (path,) = tmp_path.glob("answers/baseline-*.jsonl")
+    kept = path.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    run_evaluation(settings)
+    assert path.read_bytes().startswith(kept)
+    assert measured(settings) == measured(alone)
 
 
 def test_one_process_starts_nothing(trained, capsys):
     train_on_all_gpus(trained.settings)
-    assert capsys.readouterr().out == "training runs in this notebook, below\n"
+    evaluate_on_all_gpus(trained.settings)
+    shown = capsys.readouterr().out
+    assert shown == "training runs in this notebook, below\nthe evaluation runs in this notebook, below\n"
     assert not Path(trained.settings.output_dir / "settings.json").exists()
 
 

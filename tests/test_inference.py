@@ -374,6 +374,44 @@ def test_batches_hold_like_lengths_and_fit_the_memory(settings):
     ] * 50
 
 
+@pytest.mark.parametrize(
+    ("rows", "processes", "sizes"),
+    [(18, 1, [9, 9]), (32, 1, [16, 16]), (33, 1, [11, 11, 11]), (18, 2, [9, 9]), (31, 2, [16, 15]), (33, 2, [9, 9, 9, 6]), (1, 2, [1])],
+)  # fmt: skip
+def test_batches_are_even_and_divide_among_the_processes(settings, rows, processes, sizes):
+    from types import SimpleNamespace
+
+    from medcot.inference import _batches_that_fit
+
+    config = SimpleNamespace(
+        num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1, hidden_size=8, intermediate_size=8
+    )
+    settings = replace(settings, generation_batch_size=16, nproc_per_node=processes)
+    batches = _batches_that_fit(range(rows), [[0] * 9] * rows, SimpleNamespace(config=config), settings)
+    assert [len(batch) for batch in batches] == sizes
+
+
+def test_what_prompts_begin_with_is_computed_once_and_changes_no_score(tuned, settings):
+    from medcot.inference import _keys_and_values, _score_batch, _shared_tokens
+
+    model, tokenizer = tuned
+    items = {
+        i: (tokenizer(f"The patient has {what}")["input_ids"], [[20, 21], [22], [23, 24, 25]])
+        for i, what in enumerate(("fever and a cough.", "chest pain.", "a rash, fever and pain in the chest."))
+    }
+    shared = _shared_tokens(items)
+    start = tokenizer("The patient has")["input_ids"]
+    assert len(start) > 3 and shared[: len(start)] == start
+    assert all(prompt[: len(shared)] == shared and len(prompt) > len(shared) for prompt, _ in items.values())
+    whole = _score_batch(model, tokenizer, list(items.values()))
+    halved = _score_batch(model, tokenizer, list(items.values()), _keys_and_values(model, shared))
+    assert [len(scores) for scores in halved] == [3, 3, 3]
+    for a, b in zip(whole, halved, strict=True):
+        assert b == pytest.approx(a, abs=1e-3)
+    assert _shared_tokens({0: (start, [[20], [21]])}) == start[:-1]  # a lone prompt keeps its last token to be computed
+    assert _shared_tokens({0: (start, [[20]]), 1: (start, [[21]])}) == []
+
+
 def test_a_batch_that_does_not_fit_is_tried_once_more_and_then_named(base, rows, settings, monkeypatch):
     model, tokenizer = base
     whole = generate_answers(model, tokenizer, rows, settings)
