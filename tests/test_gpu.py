@@ -1,16 +1,27 @@
 """What the CPU tests state, stated again on Unsloth's GPU data path. Run by hand: pytest -m gpu -s"""
 
+import dataclasses
 import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from workshop import until
 
-from medcot import add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples
+from medcot import MedcotError, add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples, train
+from medcot.inference import run_evaluation
 from medcot.prompts import format_prompt
-from medcot.settings import PROFILES
+from medcot.settings import ADAPTER_FOLDER, PROFILES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,13 +38,19 @@ ROWS = [
 ]
 
 
+def cap(gib):
+    """Holds this process to so many GiB of the card."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def t4_conditions():
-    """fp16 comes from the settings; memory and attention kernels are held to a T4's here."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 14.5 * 2**30 / total))
+    """fp16 comes from the settings; memory, attention and decoding kernels are held to a T4's here."""
+    cap(14.5)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault("UNSLOTH_BNB_GEMM_4BIT", "1")  # unsloth takes this kernel on a T4 and nowhere else
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +127,16 @@ def test_fast_losses_equal_the_plain_ones_step_for_step(gpu):
     assert fast == pytest.approx(plain, abs=1e-3) and eight == pytest.approx(plain, abs=1e-3)
 
 
-def test_a_padding_free_batch_keeps_its_documents_apart(gpu):
-    trainer, _examples = trainer_for(gpu, Dataset.from_list(ROWS), padding_free=True, per_device_train_batch_size=3)
-    batch = next(iter(trainer.get_train_dataloader()))
-    labels = batch.pop("labels")
-    model = gpu.model
+def is_apart(model, batch):
+    """Asserts that each document of a batch laid end to end has the logits it has alone, and that a leak would show."""
+    batch = {name: value.to("cuda") for name, value in batch.items() if name != "labels"}
+    lengths = batch["packed_seq_lengths"].tolist()
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.float16):
         together = model(**batch, return_dict=True).logits
         if not isinstance(together, torch.Tensor):  # unsloth returns no logits while it trains
             pytest.fail("no logits came back: set UNSLOTH_RETURN_LOGITS=1 for this test")
         place = 0
-        for length in batch["packed_seq_lengths"].tolist():
+        for length in lengths:
             ids = batch["input_ids"][:, place : place + length]
             alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             difference = (together[:, place : place + length] - alone).abs().max().item()
@@ -128,11 +144,33 @@ def test_a_padding_free_batch_keeps_its_documents_apart(gpu):
             torch.testing.assert_close(together[:, place : place + length], alone, atol=2e-2, rtol=0)
             place += length
         # A leak would show: the second document alone differs from it with the first one visible.
-        first, second = batch["packed_seq_lengths"].tolist()[:2]
+        first, second = lengths[:2]
         ids = batch["input_ids"][:, : first + second]
         leaking = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, first:]
         assert (leaking - together[:, first : first + second]).abs().max() > 0.1
-    assert labels.shape == batch["input_ids"].shape
+
+
+def test_a_padding_free_batch_keeps_its_documents_apart(gpu):
+    trainer, _ = trainer_for(gpu, Dataset.from_list(ROWS), padding_free=True, per_device_train_batch_size=3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].shape == batch["input_ids"].shape and len(batch["packed_seq_lengths"]) == 3
+    is_apart(gpu.model, batch)
+
+
+def test_a_packed_batch_keeps_its_documents_apart(gpu, tmp_path):
+    # No profile packs (steps would see other examples), but whoever sets packing on the stock trainer gets this.
+    from trl import SFTConfig, SFTTrainer
+
+    examples = to_examples(Dataset.from_list(ROWS), gpu.tokenizer, gpu.settings, show=False)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), packing=True, max_length=2048, per_device_train_batch_size=1, report_to="none",
+        fp16=True, bf16=False, completion_only_loss=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = SFTTrainer(model=gpu.model, processing_class=gpu.tokenizer, args=arguments, train_dataset=examples)
+    assert len(trainer.train_dataset) == 1  # three documents in one row
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert sorted(batch["packed_seq_lengths"].tolist()) == sorted(map(len, examples["input_ids"]))
+    is_apart(gpu.model, batch)
 
 
 def test_the_adapter_reloads_with_the_same_greedy_tokens(gpu):
@@ -197,3 +235,135 @@ def test_graph_decoding_writes_what_eager_decoding_writes(gpu, monkeypatch):
         ).tolist()
 
     assert tokens("1") == tokens("0")
+
+
+# --- faults, with the real allocator, the real fp16 scaler and a real kill ----------------------------------------------
+
+
+def one_run(gpu, folder, **changes):
+    """A trainer for a few long rows, and its settings, with a folder of its own."""
+    settings = replace(gpu.settings, output_dir=folder, **changes)
+    model, tokenizer = load_model(settings)
+    rows = Dataset.from_list([dict(row) for row in gpu.splits.train.select(range(16))])
+    rows = rows.map(lambda row: {"Complex_CoT": (row["Complex_CoT"] + "\n") * 20})
+    trainer = make_trainer(
+        add_lora(model, settings), tokenizer, to_examples(rows, tokenizer, settings, show=False), settings
+    )
+    return trainer, settings
+
+
+def record(settings):
+    return json.loads((settings.output_dir / "training.json").read_text())
+
+
+def losses_of(settings):
+    return [entry["loss"] for entry in record(settings)["log_history"] if "loss" in entry]
+
+
+def test_out_of_memory_halves_the_micro_batch(gpu, tmp_path):
+    changes = {"max_steps": 3, "warmup_steps": 0, "gradient_checkpointing": False, "learning_rate": 1e-4}
+    peaks = {}
+    for size in (4, 8):
+        torch.cuda.empty_cache()
+        trainer, settings = one_run(
+            gpu,
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            **changes,
+        )
+        torch.cuda.reset_peak_memory_stats()
+        train(trainer, settings)
+        peaks[size] = torch.cuda.max_memory_allocated() / 2**30
+        del trainer
+    plain = losses_of(settings)
+    assert peaks[8] > peaks[4] + 0.05, peaks
+    torch.cuda.empty_cache()
+    trainer, settings = one_run(
+        gpu, tmp_path / "starved", per_device_train_batch_size=8, gradient_accumulation_steps=1, **changes
+    )
+    torch.cuda.empty_cache()
+    try:
+        cap(peaks[4] + 0.7 * (peaks[8] - peaks[4]))
+        train(trainer, settings)
+    finally:
+        cap(14.5)
+    notes = record(settings)["notes"]
+    print(f"\npeaks {peaks}\nnotes {notes}\nplain   {plain}\nstarved {losses_of(settings)}")
+    assert any("out of memory after step 0: micro-batch 8 to 4, accumulation 1 to 2" in note for note in notes)
+    assert losses_of(settings) == pytest.approx(plain, abs=1e-3)
+
+
+@pytest.mark.parametrize("start", [2.0**30, 2.0**90])
+def test_updates_that_overflow_in_fp16_are_counted_and_stop_a_run_that_never_settles(gpu, tmp_path, start):
+    trainer, settings = one_run(gpu, tmp_path, per_device_train_batch_size=4, max_steps=16)
+    # A loss scale far too large, as at the start of fp16 training, only more so: it is halved after each overflow.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=start)
+    if start > 2.0**60:
+        with pytest.raises(MedcotError, match=r"11 updates in a row were skipped .* lower learning_rate="):
+            train(trainer, settings)
+        return
+    train(trainer, settings)
+    halved = math.log2(start / trainer.accelerator.scaler.get_scale())
+    print(f"\nskipped updates {record(settings)['skipped_updates']}, scale halved {halved:.0f} times")
+    assert record(settings)["skipped_updates"] == halved and 1 <= halved <= 10
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(gpu, tmp_path):
+    def command(folder):
+        settings = replace(gpu.settings, output_dir=tmp_path / folder, max_steps=60, save_steps=10, learning_rate=2e-4)
+        settings.output_dir.mkdir()
+        file = settings.output_dir / "settings.json"
+        file.write_text(json.dumps(dataclasses.asdict(settings), default=str))
+        return settings, [sys.executable, "-m", "medcot.cli", "train", "--settings", str(file)]
+
+    whole, run = command("whole")
+    subprocess.run(run, check=True, capture_output=True)
+    broken, run = command("broken")
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished = broken.output_dir / "checkpoints" / "checkpoint-20" / "checkpoint.json"
+    assert until(finished.is_file, 180)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken.output_dir / "training.json").exists()
+    again = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert "going on from" in again.stdout
+    assert len(losses_of(broken)) == len(losses_of(whole)) == 60
+    apart = max(abs(a - b) for a, b in zip(losses_of(broken), losses_of(whole), strict=True))
+    print(
+        f"\n{record(broken)['notes']}, skipped {record(broken)['skipped_updates']} and {record(whole)['skipped_updates']}"
+    )
+    print(f"largest difference of the losses {apart:.1e}")
+    assert apart < 1e-3 and record(broken)["skipped_updates"] == record(whole)["skipped_updates"]
+
+
+def test_two_processes_measure_on_a_gpu_what_one_measures(gpu, tmp_path):
+    # Two machines of one process each, so that both may sit on the one card that is here.
+    settings = replace(gpu.settings, nproc_per_node=2, generation_batch_size=2, output_dir=tmp_path / "one")
+    save_adapter(gpu.model, gpu.tokenizer, settings)
+    run_evaluation(settings)
+    two = replace(settings, output_dir=tmp_path / "two")
+    shutil.copytree(settings.adapter_dir, two.output_dir / ADAPTER_FOLDER)
+    file = two.output_dir / "settings.json"
+    file.write_text(json.dumps(dataclasses.asdict(two), default=str))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+             "--master_addr=127.0.0.1", f"--master_port={port}", "-m", "medcot.cli", "evaluate", "--settings", str(file)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    shown = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], shown
+    files = sorted(path.relative_to(settings.output_dir) for path in settings.output_dir.glob("*/*.jsonl"))
+    assert files == sorted(path.relative_to(two.output_dir) for path in two.output_dir.glob("*/*.jsonl")) and files
+    for path in files:
+        one, other = ([json.loads(line) for line in (s.output_dir / path).open()] for s in (settings, two))
+        assert len(one) == len(other)
+        for a, b in zip(one[1:], other[1:], strict=True):
+            assert a.get("completion") == b.get("completion") and a["row"] == b["row"]
+            assert a.get("log_likelihood", [0]) == pytest.approx(b.get("log_likelihood", [0]), abs=1e-2)
