@@ -98,7 +98,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = Fals
 def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
     """Row indices in batches of like length, of at most `generation_batch_size` rows and `generation_memory_gib` GiB.
 
-    As even as they can be, and as many as make every process's share equal: a batch takes as long as its longest answer.
+    As few as the limits allow, but for a full turn of all processes, and then as even as they can be.
     A row needs its keys and values twice for the prompt (once as the prefill makes them, once where decoding appends)
     and once for the new tokens, and about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a prompt token while
     they are made: measured as 4.6 GiB for 32 rows of 200 + 192 tokens of the 8-billion-parameter shape. From settings
@@ -107,19 +107,23 @@ def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
     config = model.config
     heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     token = 2 * 2 * config.num_hidden_layers * heads
-    rounds = math.ceil(len(order) / (settings.generation_batch_size * settings.nproc_per_node))
-    even = math.ceil(len(order) / max(1, rounds * settings.nproc_per_node))
-    batches = []
-    for i in order:  # by length, so the newest row is the longest and sets what every row of its batch takes
-        prompt = len(prompts[i])
-        row = token * (2 * prompt + settings.max_new_tokens + 256)
-        row += prompt * 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
-        most = max(1, min(even, int(settings.generation_memory_gib * 2**30 / row)))
-        if batches and len(batches[-1]) < most:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+
+    def need(i):
+        row = token * (2 * len(prompts[i]) + settings.max_new_tokens + 256)
+        return row + len(prompts[i]) * 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
+
+    def filled(most):
+        batches = []
+        for i in order:  # by length, so the newest row is the longest and sets what every row of its batch takes
+            if batches and len(batches[-1]) < min(most, int(settings.generation_memory_gib * 2**30 / need(i))):
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    sizes, processes = range(1, settings.generation_batch_size + 1), settings.nproc_per_node
+    fewest = math.ceil(len(filled(sizes[-1])) / processes) * processes
+    return next(batches for batches in map(filled, sizes) if len(batches) <= fewest)
 
 
 def baseline_status(settings):
@@ -234,9 +238,15 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
         pad_token_id=tokenizer.pad_token_id,
     )
 
+    rows_before = 0
+
     def answer(batch):
+        nonlocal rows_before
         set_seed(settings.seed + batch[0])
         started = time.monotonic()
+        if len(batch) != rows_before:  # buffers and graphs are kept for each number of rows
+            free_decoding_memory(model)
+            rows_before = len(batch)
         inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
         output = _generate_batch(model, inputs.to(model.device), config)
         seconds = time.monotonic() - started

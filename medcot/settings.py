@@ -128,7 +128,7 @@ class Settings:
     generation_batch_size: int = 16
     """Questions answered at once, at most. For up to 16 a T4 multiplies by the 4-bit weights as they are; for more, each
     token unpacks all of them into 14 GB first (unsloth's fast_linear_forward on sm_75)."""
-    generation_memory_gib: float = 5.0
+    generation_memory_gib: float = 6.5
     """GiB on a GPU for what a batch of questions needs beside the weights; batches of long questions are made smaller."""
     temperature: float = 0.0
     """0 decodes greedily, so that only the weights differ between before and after."""
@@ -171,7 +171,7 @@ class Settings:
         if not 0 <= self.session_minutes < float("inf"):
             wrong.append(f"session_minutes={self.session_minutes}: 0 sets no limit, 700 suits Kaggle's 12 hours")
         if not self.generation_memory_gib > 0:
-            wrong.append(f"generation_memory_gib={self.generation_memory_gib}: must be above 0, 5 suits a T4")
+            wrong.append(f"generation_memory_gib={self.generation_memory_gib}: must be above 0, 6.5 suits a T4")
         if not 0 <= self.temperature < float("inf"):
             wrong.append(f"temperature={self.temperature}: 0 decodes greedily, above 0 samples")
         if not self.target_modules or isinstance(self.target_modules, str):
