@@ -11,7 +11,6 @@ arithmetic over counted tokens and steps, not a measurement; its assumptions are
 """
 
 import argparse
-import atexit
 import json
 import os
 import random
@@ -62,7 +61,7 @@ def write_data(tokenizer, folder, seed=3407):
             file.write(json.dumps(row) + "\n")
 
 
-def watch(parts):
+def watch(parts, keep):
     """Has every part of the evaluation note its seconds, its peak memory and the work that was counted in it."""
     import torch
 
@@ -79,13 +78,16 @@ def watch(parts):
             if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            title = f"{sides(arguments[0])}: {name}{', own template' if named.get('chat') else ''}"
+            what = {"answers": "evaluation rows", "choice_answers": "multiple choice"}.get(arguments[-1])
+            what = f"{name} to {what}" if name == "answers" and what else name
+            title = f"{sides(arguments[0])}: {what}{', own template' if named.get('chat') else ''}"
             parts.append({"part": title, "tokens": 0, "steps": []})
             started = time.perf_counter()
             found = function(*arguments, **named)
             if gpu:
                 torch.cuda.synchronize()
             parts[-1]["seconds"] = time.perf_counter() - started
+            keep()
             return found
 
         return run
@@ -184,10 +186,8 @@ def start(folder, t4):
     if t4:
         t4_conditions()
     parts, started = [], time.time()
-    watch(parts)
-    watch_reload(Path(folder))
 
-    def keep():
+    def keep():  # after each part: a kernel is not given the time to do anything at its end
         made = {"torch": torch.__version__, "parts": parts, "seconds": time.time() - started}
         made |= {"flash_attention": torch.backends.cuda.flash_sdp_enabled()}
         if torch.cuda.is_available():
@@ -196,7 +196,8 @@ def start(folder, t4):
             made |= {"device": torch.cuda.get_device_name(), "cap_gib": cap}
         (Path(folder) / f"kernel-{started:.0f}.json").write_text(json.dumps(made))
 
-    atexit.register(keep)
+    watch(parts, keep)
+    watch_reload(Path(folder))
 
 
 def main():
