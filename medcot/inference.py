@@ -12,7 +12,7 @@ from pathlib import Path
 from .data import SHOWCASE_QUESTION, normalise
 from .modeling import for_inference, free_decoding_memory, report_memory, weights_id
 from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
-from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, on_all_gpus, only_process
+from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, on_all_gpus, only_process, run_shown
 
 BASELINE, FINETUNED = "baseline", "finetuned"
 # What the data set's Response to the showcase question says, for runs whose rows do not hold it.
@@ -698,13 +698,13 @@ def run_harness(settings, tasks: list[str], adapter: Path | None = None, include
 
     `tasks` are its names, for example medqa_4options, medmcqa, pubmedqa, mmlu_anatomy, mmlu_clinical_knowledge,
     mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine; `include_path` adds a folder of task
-    files. With `adapter` (`settings.adapter_dir`) the fine-tuned model is measured, without it the base, both in the
-    precision of the base that the adapter was trained on. A process of its own, because the harness wants stock
-    transformers and this one has been patched by unsloth. Raises MedcotError if the optional extra is missing
+    files. With `adapter` (`settings.adapter_dir`) the fine-tuned model is measured, without it the base, both as the
+    base's files are: of the 8B that is the 4-bit copy which the adapter was trained on; files that `load_model` would
+    quantise are not quantised here. A process of its own, because the harness wants stock transformers and this one has
+    been patched by unsloth; what it prints is shown. Raises MedcotError if the optional extra is missing
     (`pip install medcot[harness]`) or the harness fails.
     """
     import importlib.util
-    import subprocess
     import sys
 
     if importlib.util.find_spec("lm_eval") is None:
@@ -726,9 +726,9 @@ def run_harness(settings, tasks: list[str], adapter: Path | None = None, include
     command += ["--tasks", ",".join(tasks), "--output_path", str(output / "results.json")]
     command += ["--include_path", str(include_path)] if include_path else []
     command += ["--limit", str(limit)] if limit else []
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+    status, last = run_shown(command)
+    if status:
+        reason = (last.strip().splitlines() or ["no message"])[-1]
         raise MedcotError(f"lm_eval stopped ({reason[:300]}); the command was: {' '.join(command)}")
     newest = max(output.glob("**/results*.json"), key=lambda file: file.stat().st_mtime)
     return json.loads(newest.read_text(encoding="utf-8"))["results"]

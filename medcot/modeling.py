@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from .prompts import THINK_CLOSE, THINK_OPEN, escape, format_prompt
-from .settings import NOTICE, MedcotError, check_disk, hub_revision, patiently, telemetry_off
+from .settings import NOTICE, MedcotError, check_disk, hub_revision, patiently, prepare_environment
 
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
@@ -27,7 +27,7 @@ _PADS = ("<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|reserved_special_t
 
 def _unsloth():
     """Unsloth, imported before anything that it patches, with its telemetry and that of its libraries off."""
-    telemetry_off()
+    prepare_environment()
     # Replays each decoding step as one CUDA graph: the same arithmetic without the launch of hundreds of kernels a token.
     os.environ.setdefault("UNSLOTH_DECODE_CUDA_GRAPHS", "1")
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).

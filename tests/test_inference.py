@@ -14,6 +14,7 @@ from medcot.inference import (
     BASELINE,
     FINETUNED,
     SHOWCASE_REFERENCE,
+    _score_batch,
     baseline_status,
     chat_prompt,
     list_options,
@@ -326,22 +327,39 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
 doc_to_choice: choices
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{{metric: acc}}, {{metric: brier_score}}]
 """
 
 
-def test_the_harness_runs_a_local_task_with_the_adapter(trained, questions, tmp_path):
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm_eval is not installed (the optional extra 'harness')")
+def test_the_harness_measures_a_local_task_with_and_without_the_adapter(trained, questions, tmp_path):
+    rows = questions[:8]
     file = tmp_path / "cases.jsonl"
-    file.write_text("".join(json.dumps(row | {"answer": row["answer_index"]}) + "\n" for row in questions))
+    file.write_text("".join(json.dumps(row | {"answer": row["answer_index"]}) + "\n" for row in rows))
     (tmp_path / "local_cases.yaml").write_text(TASK.format(file=file))
     settings = replace(trained.settings, output_dir=tmp_path)
+
+    def brier(model):
+        """The same score by our own likelihoods: the harness joins question and option by a space."""
+        total = 0.0
+        for row in rows:
+            start = trained.tokenizer(row["question"])["input_ids"]
+            ends = [trained.tokenizer(f"{row['question']} {c}")["input_ids"][len(start) :] for c in row["choices"]]
+            shares = torch.tensor([_score_batch(model, trained.tokenizer, [(start, [end])])[0][0] for end in ends])
+            wanted = torch.nn.functional.one_hot(torch.tensor(row["answer_index"]), len(ends))
+            total += (shares.softmax(0) - wanted).square().sum().item()
+        return total / len(rows)
+
+    # The harness takes the base as its files are: those of the embedded model are not quantised.
+    model, _ = load_model(replace(trained.settings, load_in_4bit=False), adapter=trained.settings.adapter_dir)
+    with model.disable_adapter():
+        expected = [brier(model)]
+    expected.append(brier(model))
     found = [
-        run_harness(settings, ["local_cases"], adapter, include_path=tmp_path, limit=6)["local_cases"]
+        run_harness(settings, ["local_cases"], adapter, include_path=tmp_path)["local_cases"]["brier_score,none"]
         for adapter in (None, trained.settings.adapter_dir)
     ]
-    assert all(0 <= result["acc,none"] <= 1 for result in found)
+    assert abs(expected[0] - expected[1]) > 0.01
+    assert found == pytest.approx(expected, abs=1e-3)
     assert {path.name for path in (tmp_path / "harness").iterdir()} == {BASELINE, FINETUNED}
 
 
@@ -392,7 +410,7 @@ def test_batches_are_even_and_divide_among_the_processes(settings, rows, process
 
 
 def test_what_prompts_begin_with_is_computed_once_and_changes_no_score(tuned, settings):
-    from medcot.inference import _keys_and_values, _score_batch, _shared_tokens
+    from medcot.inference import _keys_and_values, _shared_tokens
 
     model, tokenizer = tuned
     items = {

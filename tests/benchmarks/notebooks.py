@@ -233,7 +233,7 @@ def main():
     config = AutoConfig.from_pretrained(options.model)
     for part in parts:
         part["t4_minutes"] = estimate(part, config)
-    shown = (out / "demo.log").read_text(errors="replace").replace("\r", "\n").splitlines()
+    shown = (out / "demo.log").read_text(errors="replace").replace("\r", "\n").replace(str(out), "OUT").splitlines()
     marks = ("trainable params", "peak", "forecast", "skipped", "adapter saved", "Error", "layers keep")
     made = {
         "date": time.strftime("%Y-%m-%d"), "status": demo.returncode, "profile": options.profile, "seconds": seconds,
@@ -241,7 +241,7 @@ def main():
         "fused_4bit_kernel": "asked for" if options.t4 else "as unsloth decides", "reserved_gib": max(part["reserved_gib"] for part in parts),
         "t4_minutes": [sum(part["t4_minutes"][k] for part in parts) for k in (0, 1)], "parts": parts,
         "kernels": [{name: value for name, value in kernel.items() if name != "parts"} for kernel in kernels],
-        "shown": [line for line in shown if any(mark in line for mark in marks) and "step/s" not in line],
+        "shown": [line for line in shown if any(mark in line for mark in marks) and "/s]" not in line],
     }  # fmt: skip
     made |= json.loads((out / "reloaded.json").read_text())
     record = json.loads((out / "run" / "training.json").read_text())

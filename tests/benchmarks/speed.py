@@ -47,6 +47,9 @@ def t4_conditions():
     """Holds this process to what a T4 has, as far as another card can be held to it."""
     import torch
 
+    from medcot.settings import prepare_environment
+
+    prepare_environment()  # as load_settings does, before the GPU is first used
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
