@@ -21,9 +21,10 @@ from pathlib import Path
 
 from speed import T4_GIB, t4_conditions
 
-# What a T4 sustains in fp16 products, lower and upper: 24 were measured for large products alone
-# (forums.developer.nvidia.com/t/264462); a whole 2 x 4 training of this kind took 21:57, which is 13.5 with everything.
-T4_TFLOPS = (15, 20)
+# What a T4 sustains in fp16 products, least and most. Least: a whole 2 x 4 training of this kind on one T4 took 1,317 s
+# (README, Speed) for 480 examples x 740 tokens x 1.12 for padding x 44.6 GFLOP. Most: 24 were measured for large products
+# alone, held back by the card's 70 W (forums.developer.nvidia.com/t/264462).
+T4_TFLOPS = (13.5, 20)
 T4_BANDWIDTH = 260e9  # bytes a second read in practice, of 320e9
 T4_KERNEL_SHARE = (1 / 3, 2 / 3)  # of that bandwidth, reached by the kernel that multiplies by 4-bit weights: assumed
 
@@ -39,14 +40,15 @@ def text(tokenizer, words, length, chance):
 
 
 def write_data(tokenizer, folder, seed=3407):
-    """Training and evaluation rows of 780 tokens on average with the template, and 1,273 questions of 331 with theirs."""
+    """Rows of 743 tokens on average with the template, and 1,273 questions of 190 with options of 8 each."""
+    from medcot import format_prompt
     from medcot.tiny.cases import training_cases
 
-    chance = random.Random(seed)
+    chance, template = random.Random(seed), len(tokenizer(format_prompt(""))["input_ids"])
     words = sorted({word for case in training_cases(300, seed=1) for word in case["Question"].split()})
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(600):
-            length = min(1800, max(250, int(chance.lognormvariate(6.593, 0.19)))) - 96
+            length = min(1800, max(300, int(chance.lognormvariate(6.593, 0.19)))) - template
             row = {
                 "Question": f"{text(tokenizer, words, 70, chance)} {i}",
                 "Complex_CoT": text(tokenizer, words, length - 170, chance),
