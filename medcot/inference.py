@@ -87,6 +87,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = Fals
         done = _read(path, header, len(rows), _ANSWER_KEYS)
         # A batch of which some answers are missing is made again whole: composition can tip a greedy choice.
         todo = [batch for batch in batches if not done.keys() >= set(batch)]
+        _agree(path, todo)
         if todo:
             check_disk(path, 16 * 2**20)
             _generate(model, tokenizer, rows, prompts, todo, settings, path, header, done)
@@ -98,7 +99,7 @@ def _answer_all(model, tokenizer, rows, settings, folder: str, chat: bool = Fals
 def _batches_that_fit(order, prompts, model, settings) -> list[list[int]]:
     """Row indices in batches of like length, of at most `generation_batch_size` rows and `generation_memory_gib` GiB.
 
-    As few as the limits allow, but for a full turn of all processes, and then as even as they can be.
+    As few as the limits allow, rounded up to a full turn of all processes, and then the largest as small as it can be.
     A row needs its keys and values twice for the prompt (once as the prefill makes them, once where decoding appends)
     and once for the new tokens, and about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a prompt token while
     they are made: measured as 4.6 GiB for 32 rows of 200 + 192 tokens of the 8-billion-parameter shape. From settings
@@ -264,8 +265,8 @@ def _generate(model, tokenizer, rows, prompts, todo, settings, path, header, don
 def _work(make, todo, path, header, done, rows: int, unit: str, title: str):
     """Makes the entries of each batch of `todo`, adds them to `done` and to the file as soon as they are there.
 
-    Where torchrun started several processes, each makes every so many-th batch and the first one writes them all, so
-    that the file is the one that a single process writes.
+    Where torchrun started several processes, each makes every so many-th batch and the first one writes them all, in the
+    order in which a single process writes them.
     """
     from tqdm import tqdm  # as text, which also a batch log and a terminal show
 
@@ -306,6 +307,16 @@ def _gather(entries: list) -> list:
     parts = [None] * processes
     torch.distributed.all_gather_object(parts, entries)
     return [entry for part in parts for entry in part]
+
+
+def _agree(path: Path, todo: list):
+    """Raises MedcotError if the processes do not have the same batches of the same file to do."""
+    seen = _gather([(path.name, todo)])
+    if any(other != seen[0] for other in seen):
+        raise MedcotError(
+            f"the processes see different files at {path.parent}: MEDCOT_OUT must be a folder they all share, with the "
+            "same adapter"
+        )
 
 
 def _only_writer(folder: Path):
@@ -438,6 +449,7 @@ def _score_all(model, tokenizer, items, settings, what: str) -> Scores:
     with _only_writer(path.parent):
         done = _read(path, header, max(items, default=0) + 1, _SCORE_KEYS)
         todo = [b for b in _batches_by_length(items, settings.score_batch_tokens) if not done.keys() >= set(b)]
+        _agree(path, todo)
         if todo:
             check_disk(path, 16 * 2**20)
             _score(model, tokenizer, items, todo, path, header, done)
@@ -538,7 +550,7 @@ def _score_batch(model, tokenizer, items, shared=(0, None)) -> list[list[float]]
             owners += [(b, k)] * len(continuation)
             start = stop
     arguments = {}
-    if any(len(continuations) > 1 for _, continuations in items):
+    if past is not None or any(len(continuations) > 1 for _, continuations in items):
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         rows, columns = segments[:, :, None], segments[:, None, :]
         seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
@@ -668,8 +680,8 @@ def run_evaluation(settings):
 def evaluate_on_all_gpus(settings):
     """Evaluates with `nproc_per_node` processes, one a GPU, started by torchrun; does nothing where that is 1.
 
-    They divide the batches among them and leave the files that one process leaves, so that `evaluate` finds its work
-    done. Raises MedcotError, with the last lines that were printed, if any of the processes fails.
+    They divide the batches among them and leave the files that one process leaves (on GPUs equal but for rounding), so
+    that `evaluate` finds its work done. Raises MedcotError, with the last lines that were printed, if any of the processes fails.
     """
     if settings.nproc_per_node == 1:
         print("the evaluation runs in this notebook, below")

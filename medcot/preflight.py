@@ -47,7 +47,9 @@ def _gpus(settings, wrong, notes):
     notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
     if len(cards) > settings.nproc_per_node:
         idle = len(cards) - settings.nproc_per_node
-        notes.append(f"{idle} of {len(cards)} GPUs will stand idle: MEDCOT_PROFILE=kaggle-t4x2 trains on two")
+        notes.append(
+            f"{idle} of {len(cards)} GPUs will stand idle: MEDCOT_PROFILE=kaggle-t4x2 trains and evaluates on two"
+        )
     if len(cards) < settings.nproc_per_node:
         wrong.append(
             f"nproc_per_node={settings.nproc_per_node} and {len(cards)} GPU here: choose MEDCOT_PROFILE=kaggle-t4-fast"

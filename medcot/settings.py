@@ -1,10 +1,12 @@
 """Every number of a run: the settings, the profiles, and where files go."""
 
+import codecs
 import collections
 import contextlib
-import io
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -309,6 +311,7 @@ def load_settings() -> Settings:
 
 def read_settings(file: Path) -> Settings:
     """The settings that were written to a file as JSON. Raises MedcotError for a file that is not such."""
+    prepare_environment()
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
         return Settings(**values | {"target_modules": tuple(values["target_modules"])})
@@ -344,7 +347,9 @@ def prepare_environment():
 
     Read when torch and the others are imported or first used, so it is done with the settings, before any of them is.
     """
-    if sys.platform == "linux":
+    # Not where the older variable says something, nor on Windows' own Linux, where torch fails with them.
+    usual = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if usual and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Unsloth asks for this too, but too late once a GPU was looked at. 14.4 GiB reserved without it, 11.8 with it, for
         # 11.7 in use (kaggle-t4-fast, README).
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -407,30 +412,49 @@ def on_all_gpus(settings, command: str, read=lambda line: line):
               "-m", "medcot.cli", command, "--settings", str(file)]  # fmt: skip
     status, last = run_shown(launch, read)
     if status:
+        # What a process itself says of its end stands far above torchrun's report of it.
+        cause = re.search(f"medcot {command}: .*", last)
         raise MedcotError(
-            f"medcot {command} on {settings.nproc_per_node} GPUs failed with status {status}; the last lines:\n{last}"
+            f"medcot {command} on {settings.nproc_per_node} GPUs failed with status {status}"
+            + (f": {cause[0].strip()}" if cause else f"; the last lines:\n{last}")
         )
 
 
 def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
     """Runs a command, showing what `read` leaves of each line while it is printed: (exit status, the last lines)."""
-    last = collections.deque(maxlen=30)
+    last = collections.deque(maxlen=100)
+
+    def show(stream):
+        for line in _lines(stream):
+            last.append(read(line))
+            print(last[-1], end="", flush=True)
+
     # In a session of its own, so that an interrupt reaches its processes once: from here.
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
-        # newline="" keeps the carriage returns, with which progress bars stay on their line
-        lines = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
         try:
-            for line in lines:
-                shown = read(line)
-                print(shown, end="", flush=True)
-                last.append(shown)
+            show(process.stdout)
         except KeyboardInterrupt:  # it ends in its own way: training with a checkpoint
             process.send_signal(signal.SIGINT)
-            for line in lines:
-                print(line, end="", flush=True)
+            show(process.stdout)
             process.wait()
             raise
     return process.returncode, "".join(last)
+
+
+def _lines(stream):
+    """The lines of a byte stream as soon as they are there, each with its line end or carriage return.
+
+    A progress bar comes before its carriage return: that is written with the next state of the bar, a minute later.
+    """
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    while chunk := stream.read1(65536):
+        *lines, rest = re.split(r"(?<=[\r\n])", rest + decoder.decode(chunk))
+        yield from lines
+        if rest.endswith("]"):
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
 
 
 def patiently(call, what: str):

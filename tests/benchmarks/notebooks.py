@@ -3,8 +3,8 @@
 python tests/benchmarks/notebooks.py --model FOLDER --out FOLDER [--t4] [--profile kaggle-t4]
 
 FOLDER is any 8B-shaped model; with random weights no answer ends by itself, so every one has all its `max_new_tokens`:
-the longest that the evaluation can take. Rows and questions have the lengths of the real ones (README, Speed) in tokens
-of the model's own tokenizer. The notebooks are run as they are by `medcot demo`; a start-up file of their kernels holds
+the longest that the evaluation can take. Rows and questions have about the lengths of the real ones in tokens of the
+model's own tokenizer. The notebooks are run as they are by `medcot demo`; a start-up file of their kernels holds
 the card to T4 conditions, watches the parts of the evaluation, and compares greedy tokens of the trained model in 02
 with those of the reloaded one in 03. Prints a Markdown table and writes notebooks.json. The estimate for a T4 is
 arithmetic over counted tokens and steps, not a measurement; its assumptions are the constants below.
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ from pathlib import Path
 from speed import T4_GIB, t4_conditions
 
 # What a T4 sustains in fp16 products, least and most. Least: a whole 2 x 4 training of this kind on one T4 took 1,317 s
-# (README, Speed) for 480 examples x 740 tokens x 1.12 for padding x 44.6 GFLOP. Most: 24 were measured for large products
-# alone, held back by the card's 70 W (forums.developer.nvidia.com/t/264462).
+# (README, Speed) for 480 examples x 740 tokens x 1.12 for padding x 44.6 GFLOP. Most: of the 24 measured for large
+# products alone, held back by the card's 70 W (forums.developer.nvidia.com/t/264462), what is left with all else: assumed.
 T4_TFLOPS = (13.5, 20)
 T4_BANDWIDTH = 260e9  # bytes a second read in practice, of 320e9
 T4_KERNEL_SHARE = (1 / 3, 2 / 3)  # of that bandwidth, reached by the kernel that multiplies by 4-bit weights: assumed
@@ -207,17 +208,25 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
-    parser.add_argument("--profile", default="kaggle-t4")
+    parser.add_argument(
+        "--profile", default="kaggle-t4", help="one whose evaluation runs in the notebook's own process"
+    )
     options = parser.parse_args()
     from transformers import AutoConfig
 
     from medcot.modeling import load_tokenizer
+    from medcot.settings import PROFILES
 
     out = Path(options.out).absolute()
     begin = out / "ipython" / "profile_default" / "startup" / "00-start.py"
     begin.parent.mkdir(parents=True, exist_ok=True)
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import notebooks"
     begin.write_text(f"{code}; notebooks.start({str(out)!r}, {options.t4})\n")
+    if PROFILES[options.profile].nproc_per_node > 1:
+        parser.error(f"{options.profile} evaluates in other processes, which are not watched")
+    for left in (*out.glob("kernel-*.json"), *out.glob("reloaded.json")):
+        left.unlink()
+    shutil.rmtree(out / "run", ignore_errors=True)
     write_data(load_tokenizer(options.model), out)
     environment = {
         "IPYTHONDIR": out / "ipython", "MEDCOT_PROFILE": options.profile, "MEDCOT_MODEL": options.model,
@@ -230,6 +239,8 @@ def main():
             env=os.environ | {name: str(value) for name, value in environment.items()},
         )  # fmt: skip
     seconds = time.perf_counter() - started
+    if demo.returncode:
+        sys.exit(f"medcot demo stopped with status {demo.returncode}: see {out / 'demo.log'}")
     kernels = [json.loads(file.read_text()) for file in sorted(out.glob("kernel-*.json"))]
     parts = [part for kernel in kernels for part in kernel["parts"] if part["tokens"]]
     config = AutoConfig.from_pretrained(options.model)
@@ -238,7 +249,7 @@ def main():
     shown = (out / "demo.log").read_text(errors="replace").replace("\r", "\n").replace(str(out), "OUT").splitlines()
     marks = ("trainable params", "peak", "forecast", "skipped", "adapter saved", "Error", "layers keep")
     made = {
-        "date": time.strftime("%Y-%m-%d"), "status": demo.returncode, "profile": options.profile, "seconds": seconds,
+        "date": time.strftime("%Y-%m-%d"), "profile": options.profile, "seconds": seconds,
         "t4_conditions": options.t4, "cap_asked_gib": T4_GIB if options.t4 else None,
         "fused_4bit_kernel": "asked for" if options.t4 else "as unsloth decides", "reserved_gib": max(part["reserved_gib"] for part in parts),
         "t4_minutes": [sum(part["t4_minutes"][k] for part in parts) for k in (0, 1)], "parts": parts,
