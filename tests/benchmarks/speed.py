@@ -184,6 +184,7 @@ def training(options, recipe):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_accumulated_memory_stats()
     try:
         trainer = (trl_trainer if recipe[0] == "trl" else unsloth_trainer)(options, recipe, rows)
         seconds, tokens, losses = timed(trainer, rows)
@@ -194,6 +195,7 @@ def training(options, recipe):
         "tokens_per_second": statistics.median(rates),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),  # each one empties the cache and waits
         "losses": losses,
         "seconds": seconds,
     }
@@ -304,15 +306,17 @@ def table(results):
         f"{card.get('device')}, torch {card.get('torch')}, fp16 products {card.get('matrix_tflops', 0):.0f} TFLOP/s",
         "",
     ]
-    lines += ["| recipe | real tokens/s | peak GiB | losses, steps 1, 2, 3, last |", "| --- | --- | --- | --- |"]
+    lines += ["| recipe | real tokens/s | peak GiB | reserved | losses, steps 1, 2, 3, last |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
     for name in (name for name in results if name != "card"):
         found = results[name]
         if "error" in found:
-            lines.append(f"| {name} | {found['error']} | | |")
+            lines.append(f"| {name} | {found['error']} | | | |")
             continue
         losses = found.get("losses", [])
         shown = " ".join(f"{loss:.4f}" for loss in (*losses[:3], *losses[-1:]))
-        lines.append(f"| {name} | {found['tokens_per_second']:,.0f} | {found['peak_gib']:.1f} | {shown} |")
+        reserved = f"{found['reserved_gib']:.1f}, {found['alloc_retries']} retries" if "reserved_gib" in found else ""
+        lines.append(f"| {name} | {found['tokens_per_second']:,.0f} | {found['peak_gib']:.1f} | {reserved} | {shown} |")
     return "\n".join(lines)
 
 
