@@ -719,7 +719,8 @@ def finish(process):
 
 def witness(folder, kernel):
     cells = json.loads((folder / f"{kernel.slug}-out.ipynb").read_text())["cells"]
-    return "".join(cells[-1]["outputs"][0]["text"]).split()[1:]
+    # What one print writes may come in several outputs.
+    return "".join(text for output in cells[-1]["outputs"] for text in output.get("text", [])).split()[1:]
 
 
 def files_of(folder):
