@@ -720,7 +720,8 @@ def finish(process):
 def witness(folder, kernel):
     cells = json.loads((folder / f"{kernel.slug}-out.ipynb").read_text())["cells"]
     # What one print writes may come in several outputs.
-    return "".join(text for output in cells[-1]["outputs"] for text in output.get("text", [])).split()[1:]
+    printed = [output["text"] for output in cells[-1]["outputs"] if output.get("name") == "stdout"]
+    return "".join("".join(text) for text in printed).split()[1:]
 
 
 def files_of(folder):
