@@ -19,7 +19,7 @@ from datasets import Dataset
 from workshop import until
 
 from medcot import MedcotError, add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples, train
-from medcot.prompts import format_prompt
+from medcot.prompts import format_example, format_prompt
 from medcot.settings import ADAPTER_FOLDER, PROFILES, prepare_environment
 
 pytestmark = [
@@ -106,6 +106,18 @@ def test_exactly_these_tokens_are_supervised(gpu, padding_free, completion_only_
             expected[0] = labels[0] = -100
         assert labels == expected
         assert ids.count(bos) == 1 and labels.count(eos) == 1 and ids[length - 1] == eos and pad not in labels
+
+
+def test_an_over_long_row_is_left_out_and_none_is_cut(gpu):
+    long = {"Question": "Why?", "Complex_CoT": "Because. " * 200, "Response": "So."}
+    trainer, examples = trainer_for(
+        gpu, Dataset.from_list([ROWS[0], long, *ROWS[1:]]), max_seq_length=192, per_device_train_batch_size=3
+    )
+    whole = [gpu.tokenizer(format_example(*row.values(), gpu.tokenizer.eos_token))["input_ids"] for row in ROWS]
+    assert max(map(len, whole)) <= 192 and examples["input_ids"][:] == whole
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = [[i for i in ids if i != gpu.tokenizer.pad_token_id] for ids in batch["input_ids"].tolist()]
+    assert sorted(found) == sorted(whole)
 
 
 def run(gpu, rows=None, **changes):
