@@ -38,7 +38,7 @@ EXACT = (
 # in with --no-deps: unsloth declares a certifi that some indexes lack, and torch would come along.
 IF_ABSENT = (
     "cut-cross-entropy", "docstring-parser", "einops", "formulaic", "hf-transfer", "interface-meta", "ipywidgets",
-    "json5", "msgspec", "narwhals", "nest-asyncio", "patsy", "sentencepiece", "statsmodels", "structlog", "typeguard",
+    "json5", "msgspec", "narwhals", "nest-asyncio", "patsy", "rapidfuzz", "sentencepiece", "statsmodels", "structlog", "typeguard",
     "typer", "tyro", "wandb",
 )  # fmt: skip
 # The image's Python, for the markers in requirements.lock.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import tomllib
 import venv
 import zipfile
 from functools import partial
@@ -21,6 +22,8 @@ from types import SimpleNamespace
 
 import pytest
 from kaggle_server import Server
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from medcot import kaggle
 from medcot.modeling import ADAPTER_FILES
@@ -87,6 +90,14 @@ def test_the_pins_are_those_of_the_lock_and_never_torch(tree):
     for name in kaggle.EXACT + kaggle.IF_ABSENT:
         assert f"'{name}': '{lock[name]}'" in cell
     assert "'torch'" not in cell.partition("exact=")[2]
+
+
+def test_the_session_has_all_that_medcot_needs():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needed = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    # In every image of Kaggle's, which stands on Colab's; kaggle and six serve the command line only, not a session.
+    there = {"torch", "matplotlib", "scipy", "tqdm", "filelock", "psutil", "packaging", "kaggle", "six"}
+    assert needed - there <= set(kaggle.EXACT + kaggle.IF_ABSENT)
 
 
 def test_staging_twice_gives_the_same_bytes_and_a_change_reaches_what_depends_on_it(tree):
@@ -638,7 +649,8 @@ def test_without_internet_and_wheels_the_first_cell_says_what_to_attach(session)
 
 # --- the staged notebooks, run in an environment without medcot: long, left out by -k "not kaggle_run" -------------------
 
-LACKING = ("trl", "tyro")  # an image has neither; here they come from an attached folder or from a loopback index
+# An image has none of these; here they come from an attached folder or from a loopback index.
+LACKING = ("trl", "tyro", "rapidfuzz")
 
 
 def wheel_of(name, folder):
