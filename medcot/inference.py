@@ -290,7 +290,10 @@ def _work(make, todo, path, header, done, rows: int, unit: str, title: str):
 
 
 def _process() -> tuple[int, int]:
-    """(number of this process, number of processes) among those that share the evaluation."""
+    """(number of this process, number of processes) among those that share the evaluation.
+
+    From torch and not from accelerate, which counts one process on a CPU wherever no trainer has told it otherwise.
+    """
     import torch
 
     together = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -152,17 +152,13 @@ def train(trainer, settings):
 
 def _check_processes(trainer, settings, checkpoint):
     """Raises MedcotError if the processes at work are not those that the settings count on, or see other checkpoints."""
-    import torch
+    from accelerate.utils import gather_object
 
     args = trainer.args
     step = _step(checkpoint) if checkpoint else 0
-    if args.world_size > 1:
-        steps = [None] * args.world_size
-        torch.distributed.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise MedcotError(
-                f"the processes see checkpoints of steps {steps}: MEDCOT_OUT must be a folder they all share"
-            )
+    steps = gather_object([step])
+    if len(set(steps)) > 1:
+        raise MedcotError(f"the processes see checkpoints of steps {steps}: MEDCOT_OUT must be a folder they all share")
     now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if now != settings.examples_per_step and step < settings.max_steps:
         raise MedcotError(
@@ -335,6 +331,7 @@ def _callback(settings):
     import psutil
     import torch
     import wandb
+    from accelerate.utils import gather_object
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -400,10 +397,8 @@ def _callback(settings):
                     )
             if settings.session_minutes and time.time() - self.session >= 60 * settings.session_minutes:
                 self.stop = self.stop or f"session_minutes={settings.session_minutes:g} are used"
-            if args.world_size > 1:  # clocks and signals differ between processes, and all must stop at one step
-                stops = [None] * args.world_size
-                torch.distributed.all_gather_object(stops, self.stop)
-                self.stop = next((stop for stop in stops if stop), None)
+            # Clocks and signals differ between processes, and all must stop at one step.
+            self.stop = next((stop for stop in gather_object([self.stop]) if stop), None)
             if self.stop and not control.should_training_stop:
                 note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
                 state.log_history.append({"step": state.global_step, "note": note})

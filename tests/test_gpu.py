@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import socket
@@ -15,12 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.speed import T4_GIB, cap, t4_conditions
 from datasets import Dataset
 from workshop import until
 
 from medcot import MedcotError, add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.prompts import format_example, format_prompt
-from medcot.settings import ADAPTER_FOLDER, PROFILES, prepare_environment
+from medcot.settings import ADAPTER_FOLDER, PROFILES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,20 +37,10 @@ ROWS = [
 ]
 
 
-def cap(gib):
-    """Holds this process to so many GiB of the card."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-
-
 @pytest.fixture(scope="module", autouse=True)
-def t4_conditions():
-    """fp16 comes from the settings; memory, attention and decoding kernels are held to a T4's here."""
-    prepare_environment()
-    cap(14.5)
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    os.environ.setdefault("UNSLOTH_BNB_GEMM_4BIT", "1")  # unsloth takes this kernel on a T4 and nowhere else
+def t4():
+    """A T4's memory, attention and decoding kernels."""
+    t4_conditions()
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +289,7 @@ def test_out_of_memory_halves_the_micro_batch(gpu, tmp_path):
         cap(peaks[4] + 0.7 * (peaks[8] - peaks[4]))
         train(trainer, settings)
     finally:
-        cap(14.5)
+        cap(T4_GIB)
     notes = record(settings)["notes"]
     print(f"\npeaks {peaks}\nnotes {notes}\nplain   {plain}\nstarved {losses_of(settings)}")
     assert any("out of memory after step 0: micro-batch 8 to 4, accumulation 1 to 2" in note for note in notes)

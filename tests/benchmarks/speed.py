@@ -43,16 +43,23 @@ GENERATION = {
 RECIPES = TRAINING | GENERATION
 
 
+def cap(gib):
+    """Holds this process to so many GiB of its card."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def t4_conditions():
-    """Holds this process to what a T4 has, as far as another card can be held to it."""
+    """Holds this process to what a T4 has, as far as another card can be held to it; fp16 comes from the settings."""
     import torch
 
     from medcot.settings import prepare_environment
 
     prepare_environment()  # as load_settings does, before the GPU is first used
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
+    cap(T4_GIB)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Unsloth decodes up to 16 rows with bitsandbytes' fused 4-bit product on a T4 and nowhere else, unless told to.
