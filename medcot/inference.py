@@ -671,13 +671,16 @@ def run_evaluation(settings):
         torch.distributed.init_process_group("gloo")
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    splits, questions = load_splits(settings), load_choices(settings)
-    model, tokenizer = load_model(settings, adapter=settings.adapter_dir)
-    with model.disable_adapter():
+    try:
+        splits, questions = load_splits(settings), load_choices(settings)
+        model, tokenizer = load_model(settings, adapter=settings.adapter_dir)
+        with model.disable_adapter():
+            evaluate(model, tokenizer, splits, questions, settings)
         evaluate(model, tokenizer, splits, questions, settings)
-    evaluate(model, tokenizer, splits, questions, settings)
-    if _process()[1] > 1:
-        torch.distributed.destroy_process_group()
+    finally:
+        # A process that ends with its group open may be aborted by gloo's own thread, although its work is done.
+        if _process()[1] > 1:
+            torch.distributed.destroy_process_group()
 
 
 def evaluate_on_all_gpus(settings):

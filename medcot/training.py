@@ -478,6 +478,8 @@ def run_training(settings):
     train(trainer, settings)
     if trainer.is_world_process_zero():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
+    # Left open, gloo's own thread may abort a process whose work is done. Not after an error: NCCL might wait for ever.
+    trainer.accelerator.state.destroy_process_group()
 
 
 def train_on_all_gpus(settings):

@@ -22,6 +22,26 @@ from medcot.settings import ADAPTER_FOLDER, MedcotError, run_shown
 from medcot.training import run_training, train_on_all_gpus
 
 
+@pytest.fixture(scope="module", autouse=True)
+def left_open(tmp_path_factory):
+    """The folder in which each process that torchrun starts says, at its end, whether its process group was open."""
+    folder = tmp_path_factory.mktemp("left_open")
+    (folder / "sitecustomize.py").write_text(f"""
+import atexit, os, sys
+
+def say():
+    torch = sys.modules.get("torch")
+    still = torch is not None and torch.distributed.is_initialized()
+    open(f"{folder}/{{os.getpid()}}-{{int(still)}}", "w").write(" ".join(sys.argv))
+
+if "RANK" in os.environ:
+    atexit.register(say)
+""")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def pair(trained, tmp_path_factory):
     """The same short run by one process (4 a micro-batch) and by two (2 each)."""
@@ -142,6 +162,16 @@ def test_two_processes_measure_what_one_measures(alone, pair, capsys):
     assert {path: path.stat().st_mtime_ns for path in two.output_dir.glob("*/*.jsonl")} == times
 
 
+def test_processes_whose_work_is_done_close_their_group(left_open, pair):
+    """One left open aborts some processes at their end: 7 of 100 of the script of the next test, without
+    its last line."""
+    evaluate_on_all_gpus(pair[1])
+    ends = [(path.read_text(), path.name[-1]) for path in left_open.glob("*-?")]
+    for command in ("train", "evaluate"):
+        of_pair = f"{command} --settings {pair[1].output_dir / 'settings.json'}"
+        assert {still for said, still in ends if said.endswith(of_pair)} == {"0"}
+
+
 def test_each_process_takes_half_of_the_batches(tmp_path):
     code = """
 import json, os, sys, torch
@@ -152,12 +182,14 @@ rank, processes = _process()
 done = {}
 _work(lambda batch: [{"row": i, "rank": rank} for i in batch], [[0, 1], [2], [3], [4, 5], [6]], Path(sys.argv[1]), {}, done, 7, "row", "rows")
 Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps([done[i]["rank"] for i in range(7)]))
+torch.distributed.destroy_process_group()
 """
     file = tmp_path / "rows.jsonl"
     script = tmp_path / "script.py"
     script.write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, script, file], check=True, capture_output=True)
+    run = subprocess.run([*launch, script, file], check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     assert [json.loads(line) for line in file.open()] == [
         {}, *({"row": i, "rank": rank} for i, rank in enumerate([0, 0, 1, 0, 1, 1, 0]))
     ]  # fmt: skip
