@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,9 +102,52 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     )
     for weight, values in adapters:  # TRL rounds them to bfloat16 on a CPU; a checkpoint comes back as float32
         weight.data = values.float()
+    if settings.padding_free:
+        trainer.get_train_dataloader = partial(_even_loader, trainer, trainer.get_train_dataloader)
     _run_callback(trainer).trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar and the chart show what it would print line by line
     return trainer
+
+
+class EvenSampler:
+    """The examples of another sampler, those of each step arranged so that its micro-batches have nearly as many tokens.
+
+    Without padding a micro-batch takes as long as it has tokens, and two GPUs as long as the slower one: with the data
+    set's lengths the fuller of two micro-batches of 4 has 5 % more than half as drawn and 1 % more arranged. No loss
+    changes, since a step sees the same examples. Each example, the longest first, goes to the micro-batch with the
+    fewest tokens that has room (Graham's longest processing time rule). The strategy `batch_rebalance` of transformers
+    counts padding, which is not there, and gives one GPU more examples and tokens than the other.
+    """
+
+    def __init__(self, sampler, lengths: list[int], examples_per_step: int, micro_batch: int):
+        self.sampler, self.lengths, self.step, self.size = sampler, lengths, examples_per_step, micro_batch
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int):
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        order = list(self.sampler)
+        for first in range(0, len(order), self.step):
+            drawn = order[first : first + self.step]
+            yield from drawn if len(drawn) < self.step else self._arranged(drawn)
+
+    def _arranged(self, drawn):
+        batches = [[] for _ in range(self.step // self.size)]
+        for i in sorted(drawn, key=self.lengths.__getitem__, reverse=True):
+            with_room = (batch for batch in batches if len(batch) < self.size)
+            min(with_room, key=lambda batch: sum(self.lengths[j] for j in batch)).append(i)
+        return itertools.chain.from_iterable(batches)
+
+
+def _even_loader(trainer, loader):
+    made, args = loader(), trainer.args
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    lengths = list(map(len, trainer.train_dataset["input_ids"]))
+    made.set_sampler(EvenSampler(made.get_sampler(), lengths, step, args.per_device_train_batch_size))
+    return made
 
 
 def train(trainer, settings):

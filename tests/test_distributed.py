@@ -44,7 +44,7 @@ if "RANK" in os.environ:
 
 @pytest.fixture(scope="module")
 def pair(trained, tmp_path_factory):
-    """The same short run by one process (4 a micro-batch) and by two (2 each)."""
+    """The same short run by one process (4 a micro-batch, padded) and by two (2 each, arranged and without padding)."""
     one = replace(
         trained.settings,
         per_device_train_batch_size=4,
@@ -52,7 +52,13 @@ def pair(trained, tmp_path_factory):
         report_to="none",
         output_dir=tmp_path_factory.mktemp("one"),
     )
-    two = replace(one, per_device_train_batch_size=2, nproc_per_node=2, output_dir=tmp_path_factory.mktemp("two"))
+    two = replace(
+        one,
+        per_device_train_batch_size=2,
+        padding_free=True,
+        nproc_per_node=2,
+        output_dir=tmp_path_factory.mktemp("two"),
+    )
     train_on_all_gpus(two)
     run_training(one)
     return one, two
