@@ -422,6 +422,8 @@ def on_all_gpus(settings, command: str, read=lambda line: line):
 
 def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
     """Runs a command, showing what `read` leaves of each line while it is printed: (exit status, the last lines)."""
+    import psutil
+
     last = collections.deque(maxlen=100)
 
     def show(stream):
@@ -429,14 +431,22 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
             last.append(read(line))
             print(last[-1], end="", flush=True)
 
+    # torchrun kills 30 s after an interrupt, unless told otherwise; the step at hand and a checkpoint may take longer.
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
     # In a session of its own, so that an interrupt reaches its processes once: from here.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+    ) as process:
         try:
             show(process.stdout)
         except KeyboardInterrupt:  # it ends in its own way: training with a checkpoint
             process.send_signal(signal.SIGINT)
-            show(process.stdout)
-            process.wait()
+            try:
+                show(process.stdout)
+                process.wait()
+            except KeyboardInterrupt:  # at once, and none of its processes goes on unseen
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
             raise
     return process.returncode, "".join(last)
 

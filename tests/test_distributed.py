@@ -9,17 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from medcot import add_lora, evaluate_on_all_gpus, load_model, make_trainer, to_examples, train
+from medcot import add_lora, evaluate_on_all_gpus, load_model, load_splits, make_trainer, to_examples, train
 from medcot.inference import run_evaluation
-from medcot.modeling import ADAPTER_FILES, weights_id
+from medcot.modeling import ADAPTER_FILES, load_tokenizer, weights_id
 from medcot.settings import ADAPTER_FOLDER, MedcotError, run_shown
-from medcot.training import run_training, train_on_all_gpus
+from medcot.training import last_checkpoint, run_training, train_on_all_gpus
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,8 +87,6 @@ def test_two_processes_leave_the_same_files(pair):
 def test_the_notebook_finds_the_work_done(pair, capsys):
     _, two = pair
     model, tokenizer = load_model(two)
-    from medcot import load_splits
-
     examples = to_examples(load_splits(two).train, tokenizer, two, show=False)
     trainer = make_trainer(add_lora(model, two), tokenizer, examples, two)
     train(trainer, two)
@@ -101,6 +99,49 @@ def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
     settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
     message = killed_in(train_on_all_gpus, settings, lambda rank: rank.cpu_times().user > 8)
     assert "medcot train on 2 GPUs failed with status 1" in message
+
+
+def interrupted(settings, times):
+    """Interrupts a run on two, in a process of its own, once steps are taken; (processes that outlive it, what it said)."""
+    settings.output_dir.mkdir(exist_ok=True)
+    file = settings.output_dir / "start.json"
+    file.write_text(json.dumps(asdict(settings), default=str))
+    code = "import sys; from medcot.settings import read_settings; from medcot.training import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
+    log = settings.output_dir / "start.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=stream, stderr=stream)
+    deadline = time.monotonic() + 120
+    while "loss" not in log.read_text().rpartition("/4000")[2] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert {rank.environ().get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") for rank in ranks} == {"600"}
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    process.wait(timeout=120)
+    _, alive = psutil.wait_procs(ranks, timeout=1 if times > 1 else 0)
+    return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], log.read_text()
+
+
+def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp_path):
+    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
+    alive, said = interrupted(settings, 1)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name[11:])
+    assert not alive and said.count("stopping after this step, with a checkpoint") == 1
+    assert f"stopped at step {step} of 4000 (interrupted)" in said
+    assert last_checkpoint(settings, to_examples_of(settings)) == checkpoint  # whole, and of this run
+    assert (tmp_path / ADAPTER_FOLDER / "adapter_model.safetensors").is_file()
+
+
+def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):
+    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
+    alive, _ = interrupted(settings, 2)
+    assert not alive
+
+
+def to_examples_of(settings):
+    return to_examples(load_splits(settings).train, load_tokenizer(settings.model), settings, show=False)
 
 
 def killed_in(run, settings, ready):
