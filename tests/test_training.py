@@ -138,20 +138,23 @@ def test_a_step_keeps_its_examples_however_they_are_arranged(lengths, size, batc
 def test_two_gpus_get_as_many_tokens(trained):
     """With lengths as the data set's (log-normal, 0.19), the fuller of two micro-batches of 4: 5 % over half, then 1 %."""
     from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+    from transformers.trainer_pt_utils import BatchRebalanceSampler
 
     lengths = [int(length) for length in numpy.random.default_rng(0).lognormal(6.593, 0.19, 4000)]
 
-    def excess(sampler):
-        shares = []
-        for rank in range(2):
-            sampler.set_epoch(0)
-            batches = BatchSamplerShard(BatchSampler(sampler, 4, False), 2, rank)
-            shares.append([sum(lengths[i] for i in batch) for batch in batches])
+    def excess(batches_of):
+        shares = [[sum(lengths[i] for i in batch) for batch in batches_of(rank)] for rank in range(2)]
         return numpy.mean(numpy.max(shares, axis=0) / numpy.mean(shares, axis=0)) - 1
 
+    def shared(sampler, rank):
+        sampler.set_epoch(0)
+        return BatchSamplerShard(BatchSampler(sampler, 4, False), 2, rank)
+
     drawn = SeedableRandomSampler(range(4000), data_seed=3407)
-    assert 0.045 < excess(drawn) < 0.06
-    assert excess(EvenSampler(drawn, lengths, 8, 4)) < 0.015
+    assert 0.045 < excess(lambda rank: shared(drawn, rank)) < 0.06
+    assert excess(lambda rank: shared(EvenSampler(drawn, lengths, 8, 4), rank)) < 0.015
+    # Why it is not left to transformers.
+    assert excess(lambda rank: BatchRebalanceSampler(lengths, 8, 2, 1, rank=rank)) > 0.1
 
 
 def test_one_seed_gives_one_run(trained, tmp_path):
