@@ -6,7 +6,8 @@ FOLDER is any 8B-shaped model; with random weights no answer ends by itself, so 
 the longest that the evaluation can take. Rows and questions have about the lengths of the real ones in tokens of the
 model's own tokenizer. The notebooks are run as they are by `medcot demo`; a start-up file of their kernels holds
 the card to T4 conditions, watches the parts of the evaluation, and compares greedy tokens of the trained model in 02
-with those of the reloaded one in 03. Prints a Markdown table and writes notebooks.json. The estimate for a T4 is
+with those of the reloaded one in 03. Of a profile on two GPUs, the processes that torchrun starts are held to the same
+conditions and timed as a whole, by the cell that starts them, loading included. Prints a Markdown table and writes notebooks.json. The estimate for a T4 is
 arithmetic over counted tokens and steps, not a measurement; its assumptions are the constants below.
 """
 
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from speed import t4_conditions
@@ -210,9 +212,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
-    parser.add_argument(
-        "--profile", default="kaggle-t4", help="one whose evaluation runs in the notebook's own process"
-    )
+    parser.add_argument("--profile", default="kaggle-t4")
     options = parser.parse_args()
     from transformers import AutoConfig
 
@@ -224,8 +224,10 @@ def main():
     begin.parent.mkdir(parents=True, exist_ok=True)
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import notebooks"
     begin.write_text(f"{code}; notebooks.start({str(out)!r}, {options.t4})\n")
-    if PROFILES[options.profile].nproc_per_node > 1:
-        parser.error(f"{options.profile} evaluates in other processes, which are not watched")
+    (out / "site").mkdir(exist_ok=True)  # read by every Python, so also by those that torchrun starts
+    (out / "site" / "sitecustomize.py").write_text(
+        f"import os\nif {options.t4} and 'RANK' in os.environ:\n    {code}; notebooks.t4_conditions()\n"
+    )
     for left in (*out.glob("kernel-*.json"), *out.glob("reloaded.json")):
         left.unlink()
     shutil.rmtree(out / "run", ignore_errors=True)
@@ -233,6 +235,7 @@ def main():
     environment = {
         "IPYTHONDIR": out / "ipython", "MEDCOT_PROFILE": options.profile, "MEDCOT_MODEL": options.model,
         "MEDCOT_DATASET": out / "rows.jsonl", "MEDCOT_CHOICES": out / "choices.jsonl", "MEDCOT_OUT": out / "run",
+        "PYTHONPATH": os.pathsep.join([str(out / "site"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }  # fmt: skip
     started = time.perf_counter()
     with (out / "demo.log").open("w") as log:
@@ -254,6 +257,7 @@ def main():
         "date": time.strftime("%Y-%m-%d"), "profile": options.profile, "seconds": seconds,
         "t4_conditions": options.t4,
         "reserved_gib": max(part["reserved_gib"] for part in parts),
+        "processes": PROFILES[options.profile].nproc_per_node, "seconds_on_all_gpus": cells_on_all_gpus(out),
         "t4_minutes": [sum(part["t4_minutes"][k] for part in parts) for k in (0, 1)], "parts": parts,
         "kernels": [{name: value for name, value in kernel.items() if name != "parts"} for kernel in kernels],
         "shown": [line for line in shown if any(mark in line for mark in marks) and "/s]" not in line],
@@ -268,6 +272,20 @@ def main():
     print(table(made))
 
 
+def cells_on_all_gpus(out):
+    """{cell: seconds} of the cells that start a process on each GPU."""
+    import nbformat
+
+    found = {}
+    for file in sorted((out / "run" / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(file, as_version=4).cells:
+            if cell.source.endswith("_on_all_gpus(settings)"):
+                times = {name: datetime.fromisoformat(at) for name, at in cell.metadata.execution.items()}
+                taken = times["iopub.status.idle"] - times["iopub.status.busy"]
+                found[cell.source.splitlines()[-1]] = taken.total_seconds()
+    return found
+
+
 def table(made):
     lines = ["| part | tokens read | decoding steps x rows | seconds | peak GiB | T4 minutes, estimated |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
@@ -278,13 +296,17 @@ def table(made):
             f"| {part['part']} | {part['tokens']:,} | {steps} | {part['seconds']:.1f} | {part['peak_gib']:.1f} | "
             f"{low:.1f} to {high:.1f} |"
         )
+    whole = f"| the three notebooks, with loading and training | | | {made['seconds']:.0f} | | |"
+    if made["processes"] > 1:  # the parts above are those of 01
+        for cell, seconds in made["seconds_on_all_gpus"].items():
+            lines.append(f"| {made['processes']} processes: `{cell}` | | | {seconds:.0f} | | |")
+        return "\n".join([*lines, whole])
     low, high = made["t4_minutes"]
     seconds = sum(part["seconds"] for part in made["parts"])
     lines.append(f"| the evaluation | | | {seconds:.0f} | | {low:.0f} to {high:.0f} |")
     low, high = (sum(part["t4_minutes_unpacking"][k] for part in made["parts"]) for k in (0, 1))
     lines.append(f"| the evaluation, if every decoding step unpacked the weights | | | | | {low:.0f} to {high:.0f} |")
-    lines.append(f"| the three notebooks, with loading and training | | | {made['seconds']:.0f} | | |")
-    return "\n".join(lines)
+    return "\n".join([*lines, whole])
 
 
 if __name__ == "__main__":
