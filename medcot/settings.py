@@ -426,11 +426,8 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
 
     last = collections.deque(maxlen=100)
 
-    def show(stream, traces=True):
+    def show(stream):
         for line in _lines(stream):
-            if not traces and line.startswith("Traceback"):
-                stream.read()  # to its end, unseen
-                return
             last.append(read(line))
             print(last[-1], end="", flush=True)
 
@@ -445,7 +442,7 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
         except KeyboardInterrupt:  # it ends in its own way: training with a checkpoint
             process.send_signal(signal.SIGINT)
             try:
-                show(process.stdout, traces=False)  # torchrun's of the interrupt hide what training said
+                show(process.stdout)
                 process.wait()
             except KeyboardInterrupt:  # at once, and none of its processes goes on unseen
                 for child in [*psutil.Process(process.pid).children(recursive=True), process]:

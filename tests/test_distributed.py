@@ -130,7 +130,6 @@ def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp
     step = int(checkpoint.name[11:])
     assert not alive and said.count("stopping after this step, with a checkpoint") == 1
     assert f"stopped at step {step} of 4000 (interrupted)" in said
-    assert said.count("Traceback") == 1 and said.endswith("KeyboardInterrupt\n")  # its own, and not torchrun's
     assert last_checkpoint(settings, to_examples_of(settings)) == checkpoint  # whole, and of this run
     assert (tmp_path / ADAPTER_FOLDER / "adapter_model.safetensors").is_file()
 
