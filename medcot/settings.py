@@ -431,7 +431,7 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
             last.append(read(line))
             print(last[-1], end="", flush=True)
 
-    # torchrun kills 30 s after an interrupt, unless told otherwise; the step at hand and a checkpoint may take longer.
+    # torchrun kills 30 s after an interrupt; the step at hand and a checkpoint may take longer. torch 2.13 reads this.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
     # In a session of its own, so that an interrupt reaches its processes once: from here.
     with subprocess.Popen(
@@ -439,16 +439,28 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
     ) as process:
         try:
             show(process.stdout)
-        except KeyboardInterrupt:  # it ends in its own way: training with a checkpoint
-            process.send_signal(signal.SIGINT)
-            try:
+        except KeyboardInterrupt:
+            children = _children(process)
+            try:  # it ends in its own way: training with a checkpoint
+                process.send_signal(signal.SIGINT)
                 show(process.stdout)
                 process.wait()
             except KeyboardInterrupt:  # at once, and none of its processes goes on unseen
-                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    child.kill()
+                for child in {*children, *_children(process)}:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.kill()
             raise
     return process.returncode, "".join(last)
+
+
+def _children(process) -> list:
+    """The processes that a process has started, and they in turn; those of one that has ended are not known."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
 
 
 def _lines(stream):

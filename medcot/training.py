@@ -113,10 +113,11 @@ class EvenSampler:
     """The examples of another sampler, those of each step arranged so that its micro-batches have nearly as many tokens.
 
     Without padding a micro-batch takes as long as it has tokens, and two GPUs as long as the slower one: with the data
-    set's lengths the fuller of two micro-batches of 4 has 5 % more than half as drawn and 1 % more arranged. No loss
-    changes, since a step sees the same examples. Each example, the longest first, goes to the micro-batch with the
-    fewest tokens that has room (Graham's longest processing time rule). With the sampler that transformers has for this,
-    `batch_rebalance`, the fuller one would have 11 % more: it counts padding, which is not there.
+    set's lengths the fuller of two micro-batches of 4 has 5 to 6 % more than half as drawn and 1 % more arranged. No
+    loss changes, since a step sees the same examples, but for those that fill up an epoch's last step on several GPUs.
+    Each example, the longest first, goes to the micro-batch with the fewest tokens that has room (Graham's longest
+    processing time rule). With the sampler that transformers has for this, `batch_rebalance`, the fuller one would have
+    11 % more: it counts padding, which is not there.
     """
 
     def __init__(self, sampler, lengths: list[int], examples_per_step: int, micro_batch: int):

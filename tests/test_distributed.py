@@ -108,19 +108,31 @@ def interrupted(settings, times):
     file.write_text(json.dumps(asdict(settings), default=str))
     code = "import sys; from medcot.settings import read_settings; from medcot.training import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
     log = settings.output_dir / "start.log"
+
+    def said(words):
+        deadline = time.monotonic() + 120
+        while words not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert words in log.read_text()
+
     with log.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=stream, stderr=stream)
-    deadline = time.monotonic() + 120
-    while "loss" not in log.read_text().rpartition("/4000")[2] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    ranks = psutil.Process(process.pid).children(recursive=True)
-    assert {rank.environ().get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") for rank in ranks} == {"600"}
-    for _ in range(times):
+    processes = [process]
+    try:
+        said(", loss ")
+        processes += psutil.Process(process.pid).children(recursive=True)
+        assert {p.environ().get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") for p in processes[1:]} == {"600"}
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-    process.wait(timeout=120)
-    _, alive = psutil.wait_procs(ranks, timeout=1 if times > 1 else 0)
-    return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], log.read_text()
+        if times > 1:
+            said("death signal")  # what torchrun says of the first
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=120)
+        _, alive = psutil.wait_procs(processes[1:], timeout=times - 1)
+        return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], log.read_text()
+    finally:
+        for left in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp_path):
@@ -210,8 +222,7 @@ def test_two_processes_measure_what_one_measures(alone, pair, capsys):
 
 
 def test_processes_whose_work_is_done_close_their_group(left_open, pair):
-    """One left open aborts some processes at their end: 7 of 100 of the script of the next test, without
-    its last line."""
+    """One left open aborts some processes at their end, although their work is done."""
     evaluate_on_all_gpus(pair[1])
     ends = [(path.read_text(), path.name[-1]) for path in left_open.glob("*-?")]
     for command in ("train", "evaluate"):

@@ -226,7 +226,8 @@ def main():
     begin.write_text(f"{code}; notebooks.start({str(out)!r}, {options.t4})\n")
     (out / "site").mkdir(exist_ok=True)  # read by every Python, so also by those that torchrun starts
     (out / "site" / "sitecustomize.py").write_text(
-        f"import os\nif {options.t4} and 'RANK' in os.environ:\n    {code}; notebooks.t4_conditions()\n"
+        f"import os, sys\nif {options.t4} and 'RANK' in os.environ and 'medcot.cli' in sys.orig_argv:\n"
+        f"    {code}; notebooks.t4_conditions()\n"
     )
     for left in (*out.glob("kernel-*.json"), *out.glob("reloaded.json")):
         left.unlink()
@@ -258,6 +259,7 @@ def main():
         "t4_conditions": options.t4,
         "reserved_gib": max(part["reserved_gib"] for part in parts),
         "processes": PROFILES[options.profile].nproc_per_node, "seconds_on_all_gpus": cells_on_all_gpus(out),
+        "parts_of": "the notebooks' own processes",
         "t4_minutes": [sum(part["t4_minutes"][k] for part in parts) for k in (0, 1)], "parts": parts,
         "kernels": [{name: value for name, value in kernel.items() if name != "parts"} for kernel in kernels],
         "shown": [line for line in shown if any(mark in line for mark in marks) and "/s]" not in line],
