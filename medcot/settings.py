@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -421,37 +422,56 @@ def on_all_gpus(settings, command: str, read=lambda line: line):
 
 
 def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
-    """Runs a command, showing what `read` leaves of each line while it is printed: (exit status, the last lines)."""
-    import psutil
+    """Runs a command, showing what `read` leaves of each line while it is printed: (exit status, the last lines).
 
+    An interrupt goes to the command, which ends in its own way (training with a checkpoint), a second one kills it and
+    all that it started; KeyboardInterrupt is raised when it has ended.
+    """
     last = collections.deque(maxlen=100)
-
-    def show(stream):
-        for line in _lines(stream):
-            last.append(read(line))
-            print(last[-1], end="", flush=True)
-
     # torchrun kills 30 s after an interrupt; the step at hand and a checkpoint may take longer. torch 2.13 reads this.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
     # In a session of its own, so that an interrupt reaches its processes once: from here.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-    ) as process:
-        try:
-            show(process.stdout)
-        except KeyboardInterrupt:
-            children = _children(process)
-            try:  # it ends in its own way: training with a checkpoint
-                process.send_signal(signal.SIGINT)
-                show(process.stdout)
-                process.wait()
-            except KeyboardInterrupt:  # at once, and none of its processes goes on unseen
-                for child in {*children, *_children(process)}:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-                process.kill()
-            raise
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        ) as process,
+        _passing_interrupts_on(process),
+    ):
+        for line in _lines(process.stdout):
+            last.append(read(line))
+            print(last[-1], end="", flush=True)
+        process.wait()
     return process.returncode, "".join(last)
+
+
+@contextlib.contextmanager
+def _passing_interrupts_on(process):
+    # By a handler: an exception that is raised in the midst of drawing a chart can be lost in a library's callback.
+    import psutil
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    started = None
+
+    def interrupt(number, frame):
+        nonlocal started
+        if started is None:
+            started = _children(process)
+            process.send_signal(signal.SIGINT)
+            return
+        for child in {*started, *_children(process)}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if started is not None:
+        raise KeyboardInterrupt
 
 
 def _children(process) -> list:
