@@ -445,13 +445,26 @@ def run_shown(command: list[str], read=lambda line: line) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
+def on_interrupt(handler):
+    """Has an interrupt (Ctrl-C, a notebook's stop button) call `handler(number, frame)` instead of raising.
+
+    Outside the main thread, to which Python restricts signal handlers, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _passing_interrupts_on(process):
     # By a handler: an exception that is raised in the midst of drawing a chart can be lost in a library's callback.
     import psutil
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     started = None
 
     def interrupt(number, frame):
@@ -465,11 +478,8 @@ def _passing_interrupts_on(process):
                 child.kill()
         process.kill()
 
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with on_interrupt(interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if started is not None:
         raise KeyboardInterrupt
 

@@ -10,7 +10,6 @@ import platform
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .modeling import for_training, keep_activations
-from .settings import MedcotError, check_disk, on_all_gpus, on_kaggle, only_process
+from .settings import MedcotError, check_disk, on_all_gpus, on_interrupt, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
 RECORD_FILE = "training.json"
@@ -171,7 +170,7 @@ def train(trainer, settings):
         if isinstance(tracker, WandbCallback) and wandb.run is None:
             tracker._initialized = False  # a run that this trainer finished before cannot be logged to
     alone = only_process(folder) if trainer.is_world_process_zero() else contextlib.nullcontext()
-    with alone, _interrupts(callback):
+    with alone, _stopping_after_the_step(callback):
         while True:
             checkpoint = last_checkpoint(settings, trainer.train_dataset)
             _check_processes(trainer, settings, checkpoint)
@@ -218,23 +217,16 @@ def _run_callback(trainer):
     return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RunCallback")
 
 
-@contextlib.contextmanager
-def _interrupts(callback):
+def _stopping_after_the_step(callback):
     """Turns the first interrupt into a wish to stop after the step at hand; a second one interrupts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    before = signal.getsignal(signal.SIGINT)
 
     def stop(number, frame):
         callback.stop = "interrupted"
         signal.signal(signal.SIGINT, before)
         print("\nstopping after this step, with a checkpoint; interrupt again to stop at once without one")
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return on_interrupt(stop)
 
 
 def last_checkpoint(settings, examples) -> Path | None:
