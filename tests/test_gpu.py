@@ -341,7 +341,10 @@ def test_a_killed_run_goes_on_with_the_same_losses(gpu, tmp_path):
 
 def test_two_processes_measure_on_a_gpu_what_one_measures(gpu, tmp_path):
     # Two machines of one process each, so that both may sit on the one card that is here.
-    settings = replace(gpu.settings, nproc_per_node=2, generation_batch_size=2, output_dir=tmp_path / "one")
+    settings = replace(
+        gpu.settings, nproc_per_node=2, output_dir=tmp_path / "one", generation_batch_size=2, answer_rows=4,
+        choice_answer_rows=2, chat_rows=4, max_new_tokens=24,
+    )  # fmt: skip
     save_adapter(gpu.model, gpu.tokenizer, settings)
     two = replace(settings, output_dir=tmp_path / "two")
     shutil.copytree(settings.adapter_dir, two.output_dir / ADAPTER_FOLDER)

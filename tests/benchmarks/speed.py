@@ -27,6 +27,7 @@ TRAINING = {
     "Unsloth, 8 x 1, padding-free": ("unsloth", 8, 1, True, 0.0),
     "Unsloth, 8 x 1, padding-free, 8 GiB kept": ("unsloth", 8, 1, True, 8.0),
     "kaggle-t4-fast: Unsloth, 4 x 2, padding-free, 8 GiB kept": ("unsloth", 4, 2, True, 8.0),
+    "Unsloth, 4 x 2, padding-free, 10 GiB kept": ("unsloth", 4, 2, True, 10.0),
     "Unsloth, 2 x 4, padding-free, 8 GiB kept": ("unsloth", 2, 4, True, 8.0),
     "TRL + PEFT + bitsandbytes, 2 x 4": ("trl", 2, 4, False, 0.0),
     "kaggle-t4x2: two GPUs, 4 x 1 x 2": ("torchrun", 4, 1, True, 8.0),
@@ -219,13 +220,16 @@ def generation(options, recipe, loaded={}):  # noqa: B006, the one model that th
     if not loaded:
         loaded["model"], loaded["tokenizer"] = load_model(settings_for(options))
     model, tokenizer, (_, size, graphs) = loaded["model"], loaded["tokenizer"], recipe
-    new = options.new_tokens if size > 1 else options.new_tokens // 3
     os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = str(int(graphs))
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     config = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=options.new_tokens,
+        min_new_tokens=options.new_tokens,
+        do_sample=False,
+        eos_token_id=1,
+        pad_token_id=tokenizer.pad_token_id,
     )
     prompts = [ids[:200] for ids in examples(size, 1000)["input_ids"]]
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to("cuda")
@@ -274,6 +278,8 @@ def run_stack(options):
             results[name] = (generation if options.stack == "generation" else training)(options, RECIPES[name])
             if os.environ.get("RANK", "0") == "0":
                 (Path(options.out) / f"{options.stack}.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def main():
@@ -296,7 +302,12 @@ def main():
             launch = (
                 ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if stack == "torchrun" else []
             )
-            subprocess.run([sys.executable, *launch, *sys.argv, "--stack", stack], stdout=log, stderr=log, check=False)
+            # Where it sees several GPUs, TRL refuses to train in one process.
+            cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[: 2 if launch else 1]
+            subprocess.run(
+                [sys.executable, *launch, *sys.argv, "--stack", stack],
+                stdout=log, stderr=log, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)},
+            )  # fmt: skip
         found = out / f"{stack}.json"
         results |= json.loads(found.read_text()) if found.exists() else {}
         print(f"{stack}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
