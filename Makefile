@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint lock clean
 
+# The embedded model also where there is a GPU: the large one is 6 GB to download, and asked for by name.
 demo: $(VENV)/ready
-	$(BIN)/medcot demo
+	MEDCOT_PROFILE=$${MEDCOT_PROFILE:-tiny} $(BIN)/medcot demo
 
 # Two workers of one thread each: on two cores more threads than that stall each other tenfold.
 test: $(VENV)/ready

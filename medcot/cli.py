@@ -123,8 +123,9 @@ def _client(notebook, sockets):
             content = msg["content"]
             if msg["msg_type"] == "stream":
                 print(content["text"], end="", flush=True)
-            elif msg["msg_type"] == "execute_result" and "text/plain" in content["data"]:
-                print(content["data"]["text/plain"], flush=True)
+            elif msg["msg_type"] == "execute_result":
+                data = content["data"]
+                print(data.get("text/markdown") or data.get("text/plain", ""), flush=True)
             return super().output(outs, msg, display_id, cell_index)
 
     # The kernel works where the command was called, so that relative paths in MEDCOT_DATASET mean the same in both.

@@ -227,6 +227,12 @@ class Audit:
         """Indices of the rows that would lose their answer at `max_seq_length`."""
         return tuple(i for i, count in enumerate(self.token_counts) if count > self.max_seq_length)
 
+    def _showcase(self):
+        if self.source == EMBEDDED_CASES:
+            return "the showcase question is not asked here: a training row stands in for it"
+        found = "a training row: no evidence of learning" if self.showcase_in_training else "not a training row"
+        return f"the showcase question is {found}"
+
     def __str__(self):
         counts = sorted(self.token_counts)
         p95 = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
@@ -243,7 +249,7 @@ class Audit:
                 if self.over_long
                 else ""
             ),
-            f"  the showcase question is {'a training row: no evidence of learning' if self.showcase_in_training else 'not a training row'}",
+            f"  {self._showcase()}",
         ]
         return "\n".join(lines)
 

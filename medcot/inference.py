@@ -12,7 +12,7 @@ from pathlib import Path
 from .data import SHOWCASE_QUESTION, normalise
 from .modeling import for_inference, free_decoding_memory, report_memory, weights_id
 from .prompts import THINK_OPEN, escape, format_completion, format_prompt, parse_completion
-from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, on_all_gpus, only_process, run_shown
+from .settings import EMBEDDED_CASES, NOTICE, MedcotError, check_disk, on_all_gpus, on_kaggle, only_process, run_shown
 
 BASELINE, FINETUNED = "baseline", "finetuned"
 # What the data set's Response to the showcase question says, for runs whose rows do not hold it.
@@ -132,6 +132,10 @@ def baseline_status(settings):
     found = sorted((settings.output_dir / "answers").glob(f"{BASELINE}-*.jsonl"))
     if found:
         print(f"01_baseline.ipynb has run: {', '.join(str(path) for path in found)}")
+    elif on_kaggle():  # each notebook has a session of its own there; the answers of 01 are an input of 03
+        print(
+            "01_baseline.ipynb runs in a session of its own: 03_compare.ipynb needs its answers, this notebook does not"
+        )
     else:
         print(
             f"no baseline answers in {settings.output_dir / 'answers'}: run 01_baseline.ipynb first, or at the latest "

@@ -1,19 +1,20 @@
 """Before quota is spent: can this machine run these settings, and how long will it take."""
 
+import json
 import shutil
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from . import data
-from .modeling import add_lora, load_model, load_tokenizer
+from .modeling import _unsloth, add_lora, load_model, load_tokenizer
 from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
 from .training import FORECAST_STEPS, make_trainer
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
 DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
+GPU_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 11.0}  # the most that the notebooks took (README, Speed), rounded up
 OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
-SESSION_HOURS = 12.0
 
 
 def check_machine(settings):
@@ -45,6 +46,11 @@ def _gpus(settings, wrong, notes):
             )
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
+    if gib < GPU_GIB.get(settings.model, 0):
+        wrong.append(
+            f"{cards[0][0]} has {gib:.1f} GiB of memory and {settings.model} needs about {GPU_GIB[settings.model]:.0f}: "
+            "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
+        )
     if len(cards) > settings.nproc_per_node:
         idle = len(cards) - settings.nproc_per_node
         notes.append(
@@ -70,7 +76,13 @@ def _versions(settings, wrong, notes):
             continue  # torchvision, xformers and diffusers are declared and not needed here
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found} is excluded by unsloth: pip install '{requirement}'")
-    notes.append(", ".join(f"{name} {version(name)}" for name in ("unsloth", "torch", "transformers", "trl", "peft")))
+    found = []
+    for name in ("unsloth", "torch", "transformers", "trl", "peft"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            wrong.append(f"{name} is not installed: pip install -r requirements.lock")
+    notes.append(", ".join(found))
 
 
 def _disk(settings, wrong, notes):
@@ -97,11 +109,18 @@ def _is_here(settings) -> bool:
     """The model's weights stand in a folder or in the hub's cache, under its name or that of the 4-bit copy."""
     from huggingface_hub import try_to_load_from_cache
 
+    def cached(name, file):
+        path = try_to_load_from_cache(name, file, revision=settings.model_revision if name == settings.model else None)
+        return path if isinstance(path, str) else None
+
+    def whole(name):
+        if index := cached(name, "model.safetensors.index.json"):
+            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            return all(cached(name, shard) for shard in shards)
+        return cached(name, "model.safetensors") is not None
+
     names = (settings.model, f"{settings.model.lower()}-unsloth-bnb-4bit", f"{settings.model}-unsloth-bnb-4bit")
-    files = ("model.safetensors", "model.safetensors.index.json")
-    return Path(settings.model).is_dir() or any(
-        isinstance(try_to_load_from_cache(name, file), str) for name in names for file in files
-    )
+    return Path(settings.model).is_dir() or any(map(whole, names))
 
 
 def _model(settings, wrong, notes):
@@ -129,17 +148,23 @@ def preflight(settings) -> dict:
 
     Prints as it goes and returns {"minutes": of training, "peak_gib": of GPU memory or None}. The training run makes the
     same forecast from its own first steps, and the run card sets it beside what happened. Raises MedcotError if the
-    machine cannot run the settings or the run does not fit a 12-hour session.
+    machine cannot run the settings or the run does not fit `session_minutes`. Where several processes will train, one is
+    timed: the others, and what it costs to keep them in step, are not tried.
     """
     import tempfile
 
+    check_machine(settings)
+    _unsloth()  # before transformers, which the tokenizer of the audit imports
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step >= FORECAST_STEPS
 
-    check_machine(settings)
+    if settings.max_steps < FORECAST_STEPS:
+        raise MedcotError(
+            f"max_steps={settings.max_steps}: a forecast takes {FORECAST_STEPS} steps, raise it or just train"
+        )
     splits = data.load_splits(settings)
     print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
     with tempfile.TemporaryDirectory() as folder:
@@ -150,9 +175,11 @@ def preflight(settings) -> dict:
         trainer.add_callback(Stop())
         trainer.train()
         forecast = next(entry["forecast"] for entry in trainer.state.log_history if "forecast" in entry)
-    if forecast["minutes"] > 60 * SESSION_HOURS:
+    if settings.session_minutes and forecast["minutes"] > settings.session_minutes:
         raise MedcotError(
-            f"{forecast['minutes']:.0f} minutes do not fit a session of {SESSION_HOURS:.0f} hours: "
-            f"lower max_steps={settings.max_steps}"
+            f"{forecast['minutes']:.0f} minutes do not fit the session's {settings.session_minutes:.0f}: "
+            f"lower max_steps={settings.max_steps}, or train in several sessions"
         )
+    if settings.nproc_per_node > 1:
+        print(f"timed with one process; the run will use {settings.nproc_per_node}, which was not tried here")
     return forecast

@@ -18,16 +18,19 @@ GREY = "#888"
 
 
 def plot_token_counts(audit):
-    """Histogram of the training examples' lengths in tokens, with the limit marked."""
+    """Histogram of the training examples' lengths in tokens; the limit is marked, or named where it lies far beyond."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
     axes.hist(audit.token_counts, bins=40, color=INK)
-    axes.axvline(audit.max_seq_length, color=HELD_OUT, label=f"max_seq_length {audit.max_seq_length}")
     axes.set(xlabel="tokens per training example", ylabel="examples")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if audit.max_seq_length > 2 * max(audit.token_counts):  # drawn, it would press the bars together
+        axes.set_title(f"all far below max_seq_length {audit.max_seq_length:,}", loc="right", fontsize="medium")
+    else:
+        axes.axvline(audit.max_seq_length, color=HELD_OUT, label=f"max_seq_length {audit.max_seq_length:,}")
+        axes.legend(frameon=False)
     return figure
 
 
@@ -352,7 +355,11 @@ def write_run_card(comparison, settings, splits, questions=None):
 def _run_card(comparison, settings, splits, questions, record) -> str:
     losses = [(entry["step"], entry["loss"]) for entry in record["log_history"] if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in record["log_history"] if "eval_loss" in entry]
-    memory = "not measured on a CPU" if record["peak_memory_gib"] is None else f"{record['peak_memory_gib']:.2f} GiB"
+    memory = (
+        f"not measured ({record['device']})"
+        if record["peak_memory_gib"] is None
+        else f"{record['peak_memory_gib']:.2f} GiB"
+    )
     forecast = _forecast(record["forecast"])
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     leaks = "not checked" if comparison.leaks is None else str(comparison.leaks).splitlines()[0]
@@ -431,7 +438,7 @@ def _front_matter(comparison, settings, splits, questions) -> str:
         # The adapter inherits the terms of its base and of its data; only the embedded ones are this project's own.
         license="apache-2.0" if settings.model == EMBEDDED_MODEL and splits.source == EMBEDDED_CASES else "other",
         tags=["lora", "medical", "chain-of-thought", "not-for-clinical-use"],
-        model_name=settings.adapter_dir.name if results else None, eval_results=results or None,
+        model_name=(settings.adapter_dir.name if on_hub else "adapter of a local model") if results else None, eval_results=results or None,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n"
 

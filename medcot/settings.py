@@ -183,10 +183,11 @@ class Settings:
             wrong.append(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
             )
-        if not wrong and self.answer_rows > self.eval_rows:
-            wrong.append(
-                f"answer_rows={self.answer_rows} exceeds eval_rows={self.eval_rows}: lower answer_rows or raise eval_rows"
-            )
+        wrong += [
+            f"{name}={getattr(self, name)} exceeds eval_rows={self.eval_rows}: lower {name} or raise eval_rows"
+            for name in ("answer_rows", "eval_loss_rows")
+            if not wrong and getattr(self, name) > self.eval_rows
+        ]
         if not wrong and self.device == "cpu" and self.max_seq_length * self.per_device_train_batch_size > 2**18:
             wrong.append(
                 f"max_seq_length={self.max_seq_length} x per_device_train_batch_size={self.per_device_train_batch_size} "

@@ -31,8 +31,9 @@ _FREE = (
     "profile", "dataset", "dataset_config", "dataset_revision", "train_rows", "eval_rows", "answer_rows",
     "max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "nproc_per_node", "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps",
-    "session_minutes", "max_new_tokens", "generation_batch_size", "temperature", "report_to", "wandb_project",
-    "output_dir", "earlier_output",
+    "session_minutes", "max_new_tokens", "generation_batch_size", "generation_memory_gib", "temperature", "report_to",
+    "wandb_project", "output_dir", "earlier_output", "choice_dataset", "choice_dataset_revision", "choice_rows",
+    "choice_answer_rows", "chat_rows", "score_batch_tokens",
 )  # fmt: skip
 
 
@@ -173,6 +174,13 @@ def train(trainer, settings):
     with alone, _stopping_after_the_step(callback):
         while True:
             checkpoint = last_checkpoint(settings, trainer.train_dataset)
+            if (stopped := _stopped(checkpoint)) and trainer.args.world_size < settings.nproc_per_node:
+                _take_over(trainer, checkpoint, settings)
+                print(
+                    f"{stopped}: the adapter is that of this step. Run train_on_all_gpus(settings) to go on from "
+                    f"{checkpoint}; in a new session attach this one's output first"
+                )
+                return
             _check_processes(trainer, settings, checkpoint)
             if checkpoint and _step(checkpoint) >= settings.max_steps:
                 _take_over(trainer, checkpoint, settings)
@@ -259,6 +267,15 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
 
 
+def _stopped(checkpoint: Path | None) -> str | None:
+    """The note of a run that ended with this checkpoint before its last step; None if it did not end here."""
+    if checkpoint is None:
+        return None
+    history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    notes = [entry["note"] for entry in history if "note" in entry and entry["step"] == _step(checkpoint)]
+    return notes[-1] if notes and notes[-1].startswith("stopped at step") else None
+
+
 def _identity(settings, examples) -> dict:
     """What must agree for one run to go on from another's checkpoint: the settings and the training examples."""
     values = json.loads(json.dumps(asdict(settings), default=str))
@@ -315,7 +332,7 @@ def _take_over(trainer, checkpoint: Path, settings):
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if trainer.is_world_process_zero() and not (settings.output_dir / RECORD_FILE).is_file():
-        _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset))
+        _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset), peak=None)
 
 
 def _reduce_micro_batch(trainer, settings, callback):
@@ -378,7 +395,7 @@ def _callback(settings):
             self.chart, self.bar, self.started, self.stop = LossChart(settings), None, None, None
             self.skipped = self.updating = False
             self.notes = []  # for the history, which the next start of training may begin anew
-            self.trainer, self.step_seconds, self.memory_before = None, [], 0
+            self.trainer, self.step_seconds, self.memory_before, self.peak = None, [], 0, 0
             # The first process of a container is as old as the session; elsewhere this process stands for it.
             self.session = psutil.Process(1 if on_kaggle() else None).create_time()
 
@@ -388,10 +405,10 @@ def _callback(settings):
             notes = self.notes + [f"continued from step {state.global_step}"] * bool(state.global_step)
             state.log_history += [{"step": state.global_step, "note": note} for note in notes]
             self.notes = []
-            self.step_seconds, self.memory_before = (
-                [],
-                torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
-            )
+            self.step_seconds = []
+            if torch.cuda.is_available():
+                self.memory_before, self.peak = torch.cuda.memory_allocated(), self.most()
+                torch.cuda.reset_peak_memory_stats()  # an attempt that ran out of memory says nothing of the next one
             if self.bar is not None:
                 self.bar.close()
             self.bar = tqdm(
@@ -403,6 +420,9 @@ def _callback(settings):
             )
             if wandb.run is not None and not wandb.run.offline:
                 wandb.run.display(height=420)
+
+        def most(self):
+            return max(self.peak, torch.cuda.max_memory_allocated())
 
         def on_step_begin(self, args, state, control, **_):
             self.step_started = time.monotonic()
@@ -422,7 +442,8 @@ def _callback(settings):
             self.step_seconds.append(time.monotonic() - self.step_started)
             if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
                 state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
-                self.bar.write(_in_words(state.log_history[-1]["forecast"]))
+                left = settings.session_minutes and settings.session_minutes - (time.time() - self.session) / 60
+                self.bar.write(_in_words(state.log_history[-1]["forecast"], left))
             if self.skipped:
                 state.log_history.append({"step": state.global_step, "skipped_update": True})
                 in_all, in_a_row = _skipped(state.log_history)
@@ -464,7 +485,8 @@ def _callback(settings):
             self.chart.draw(state.log_history, save=True)
             if wandb.run is not None:
                 wandb.finish()
-            _write_record(settings, args, state, len(train_dataloader.dataset))
+            peak = self.most() / 2**30 if torch.cuda.is_available() else None
+            _write_record(settings, args, state, len(train_dataloader.dataset), peak)
 
     return RunCallback()
 
@@ -498,9 +520,21 @@ def forecast(callback, args, state) -> dict:
     return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak, "steps": state.max_steps - start}
 
 
-def _in_words(found: dict) -> str:
-    memory = "" if found["peak_gib"] is None else f" and {found['peak_gib']:.1f} GiB of GPU memory at the widest batch"
-    return f"forecast from the first {FORECAST_STEPS} steps: {found['steps']} steps take about {found['minutes']:.1f} minutes{memory}"
+def _in_words(found: dict, minutes_left: float = 0) -> str:
+    """The forecast beside what there is: the GPU's memory, and the minutes left of the session (0: no limit)."""
+    import torch
+
+    words = f"forecast from the first {FORECAST_STEPS} steps: {found['steps']} steps take about {found['minutes']:.1f} minutes"
+    if minutes_left:
+        words += f" of {minutes_left:.0f} that the session has left"
+        if found["minutes"] > minutes_left:
+            words += " (too few: training will stop before that, with a checkpoint to go on from)"
+    if found["peak_gib"] is not None:
+        there = torch.cuda.get_device_properties(0).total_memory / 2**30
+        words += f" and {found['peak_gib']:.1f} of {there:.1f} GiB of GPU memory at the widest batch"
+        if found["peak_gib"] > there:
+            words += " (too little: when it runs out, the micro-batch is made smaller)"
+    return words
 
 
 def run_training(settings):
@@ -510,6 +544,7 @@ def run_training(settings):
 
     splits = data.load_splits(settings)
     model, tokenizer = load_model(settings)
+    print(data.audit(splits, tokenizer, settings))
     examples = data.to_examples(splits.train, tokenizer, settings, show=False)
     held_out = data.to_examples(splits.eval.select(range(settings.eval_loss_rows)), tokenizer, settings, show=False)
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings, held_out)
@@ -549,7 +584,7 @@ def _seconds(history) -> float:
     return max((entry["seconds"] for entry in history if "seconds" in entry), default=0.0)
 
 
-def _write_record(settings, args, state, examples):
+def _write_record(settings, args, state, examples, peak):
     import torch
 
     gpu = torch.cuda.is_available()
@@ -563,7 +598,7 @@ def _write_record(settings, args, state, examples):
         "skipped_updates": _skipped(state.log_history)[0],
         "forecast": next((entry["forecast"] for entry in state.log_history if "forecast" in entry), None),
         "notes": [entry["note"] for entry in state.log_history if "note" in entry],
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        "peak_memory_gib": peak,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("unsloth", "torch", "transformers", "trl", "peft", "datasets")},

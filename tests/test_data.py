@@ -37,7 +37,7 @@ def write(path, made):
 
 @pytest.fixture
 def few(settings):
-    return replace(settings, train_rows=5, eval_rows=3, answer_rows=3)
+    return replace(settings, train_rows=5, eval_rows=3, answer_rows=3, eval_loss_rows=3)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])

@@ -59,7 +59,12 @@ def pair(trained, tmp_path_factory):
         nproc_per_node=2,
         output_dir=tmp_path_factory.mktemp("two"),
     )
-    train_on_all_gpus(two)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medcot.training.LossChart.draw", lambda self, history, save=False: drawn.append(len(history)))
+        train_on_all_gpus(two)
+    assert drawn == list(range(1, 1 + len(drawn)))
+    (two.output_dir / "drawn.txt").write_text(str(len(drawn)))
     run_training(one)
     return one, two
 
@@ -78,10 +83,16 @@ def test_two_processes_take_the_same_steps_as_one(pair):
 
 def test_two_processes_leave_the_same_files(pair):
     one, two = ({str(f.relative_to(s.output_dir)) for f in s.output_dir.rglob("*") if f.is_file()} for s in pair)
-    # One random state a process in a checkpoint, and the settings that the processes were started with.
-    assert {name for name in two - one if "rng_state" not in name} == {"settings.json"}
+    # One random state a process in a checkpoint, the settings that the processes were started with, the fixture's note.
+    assert {name for name in two - one if "rng_state" not in name} == {"settings.json", "drawn.txt"}
     assert {name for name in one - two if "rng_state" not in name} == set()
     assert {f"DeepSeek-R1-Medical-COT/{name}" for name in ADAPTER_FILES} <= two
+
+
+def test_the_chart_was_drawn_in_the_notebook_after_every_entry(pair):
+    history = json.loads((pair[1].output_dir / "training.json").read_text())["log_history"]
+    logged = [entry for entry in history if "seconds" in entry]  # losses, held-out losses and the summary at the end
+    assert int((pair[1].output_dir / "drawn.txt").read_text()) == len(logged) >= 6
 
 
 def test_the_notebook_finds_the_work_done(pair, capsys):
@@ -96,8 +107,8 @@ def test_the_notebook_finds_the_work_done(pair, capsys):
 
 
 def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
-    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
-    message = killed_in(train_on_all_gpus, settings, lambda rank: rank.cpu_times().user > 8)
+    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=2)
+    message = killed_in(train_on_all_gpus, settings, lambda _: any(tmp_path.glob("checkpoints/*/checkpoint.json")))
     assert "medcot train on 2 GPUs failed with status 1" in message
 
 
@@ -144,6 +155,22 @@ def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp
     assert f"stopped at step {step} of 4000 (interrupted)" in said
     assert last_checkpoint(settings, to_examples_of(settings)) == checkpoint  # whole, and of this run
     assert (tmp_path / ADAPTER_FOLDER / "adapter_model.safetensors").is_file()
+
+
+def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, tmp_path, capsys):
+    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, session_minutes=0.01)
+    train_on_all_gpus(settings)
+    capsys.readouterr()
+    model, tokenizer = load_model(settings)
+    examples = to_examples(load_splits(settings).train, tokenizer, settings, show=False)
+    trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
+    train(trainer, settings)
+    assert (
+        "stopped at step 1 of 4000 (session_minutes=0.01 are used): the adapter is that of this step. "
+        "Run train_on_all_gpus(settings) to go on" in capsys.readouterr().out
+    )
+    saved, _ = load_model(settings, adapter=settings.adapter_dir)
+    assert weights_id(trainer.model) == weights_id(saved) != "base"
 
 
 def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):

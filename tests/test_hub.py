@@ -21,7 +21,7 @@ import json, sys
 from dataclasses import replace
 from medcot import MedcotError, PROFILES, load_splits
 changes = json.loads(sys.argv[1])
-settings = replace(PROFILES["smoke"], train_rows=5, eval_rows=3, answer_rows=3, dataset_config=None, **changes)
+settings = replace(PROFILES["smoke"], train_rows=5, eval_rows=3, answer_rows=3, eval_loss_rows=3, dataset_config=None, **changes)
 try:
     if changes.get("dataset"):
         splits = load_splits(settings)

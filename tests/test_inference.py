@@ -109,6 +109,14 @@ def test_without_a_baseline_the_notebook_to_run_is_named(settings, rows, capsys)
     assert "run 01_baseline.ipynb first" in capsys.readouterr().out
 
 
+def test_on_kaggle_nobody_is_sent_back_to_another_session(settings, tmp_path, monkeypatch, capsys):
+    (tmp_path / "working").mkdir()
+    monkeypatch.setenv("MEDCOT_KAGGLE_ROOT", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    baseline_status(settings)
+    assert "runs in a session of its own: 03_compare.ipynb needs its answers" in capsys.readouterr().out
+
+
 def test_a_baseline_of_other_settings_names_the_difference(base, rows, settings):
     generate_answers(*base, rows, settings)
     with pytest.raises(MedcotError, match=r"differs in max_new_tokens \(96 there, 7 now\)"):

@@ -1,5 +1,7 @@
 """Before quota is spent: what rules a machine out is said at once, with the cure, and a run is timed before it is begun."""
 
+import json
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -11,13 +13,13 @@ from medcot.preflight import check_machine, preflight
 from medcot.settings import PROFILES, MedcotError
 
 
-def cards(monkeypatch, *found):
+def cards(monkeypatch, *found, gib=15):
     """A machine with these (name, compute capability) cards, as far as torch's questions go."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(found))
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(found))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda i=0: found[i][0])
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda i=0: found[i][1])
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i=0: SimpleNamespace(total_memory=15 * 2**30))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i=0: SimpleNamespace(total_memory=gib * 2**30))
 
 
 @pytest.fixture
@@ -45,6 +47,13 @@ def test_two_processes_need_two_gpus(monkeypatch, gpu_settings):
         check_machine(replace(gpu_settings, nproc_per_node=2))
 
 
+def test_a_card_too_small_for_the_8b_is_refused_with_the_cure(monkeypatch, gpu_settings, capsys):
+    cards(monkeypatch, ("NVIDIA GeForce RTX 4060", (8, 9)), gib=8)
+    check_machine(gpu_settings)  # large enough for the embedded model
+    with pytest.raises(MedcotError, match=r"RTX 4060 has 8.0 GiB of memory and .*8B needs about 11: .*PROFILE=tiny"):
+        check_machine(replace(gpu_settings, model=PROFILES["kaggle-t4"].model))
+
+
 def test_a_cpu_is_told_its_profile(settings, capsys):
     check_machine(settings)
     assert "no CUDA GPU: runs on the CPU" in capsys.readouterr().out
@@ -56,6 +65,38 @@ def test_an_excluded_version_names_the_pin(monkeypatch, settings):
     monkeypatch.setattr("medcot.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name))
     with pytest.raises(MedcotError, match=r"transformers 5\.0\.0 is excluded by unsloth: pip install 'transformers"):
         check_machine(settings)
+
+
+def test_a_package_that_is_missing_is_named_beside_all_else(monkeypatch, settings):
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name):
+        if name == "trl":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("medcot.preflight.version", found)
+    with pytest.raises(MedcotError, match=r"trl is not installed: pip install -r .*; model no-one/nothing"):
+        check_machine(replace(settings, model="no-one/nothing"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_in_the_cache_counts_when_every_shard_is_there(monkeypatch, settings, tmp_path, capsys, whole):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some-one--model"
+    (snapshot := folder / "snapshots" / "0").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(snapshot.name)
+    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for shard in list(shards.values())[: 2 if whole else 1]:
+        (snapshot / shard).write_bytes(b"")
+    if whole:
+        check_machine(replace(settings, model="some-one/model"))
+        assert "model some-one/model is in the local cache" in capsys.readouterr().out
+    else:
+        with pytest.raises(MedcotError, match="model some-one/model is not here"):
+            check_machine(replace(settings, model="some-one/model"))
 
 
 def test_too_little_disk_is_named(monkeypatch, settings):
@@ -79,8 +120,9 @@ def test_everything_wrong_is_said_at_once(monkeypatch, gpu_settings):
 
 
 def test_three_real_steps_foretell_the_run_and_leave_nothing(settings, capsys):
-    forecast = preflight(replace(settings, max_steps=40))
+    forecast = preflight(replace(settings, max_steps=40, session_minutes=700))
     printed = capsys.readouterr().out
+    assert re.search(r"40 steps take about \d+\.\d minutes of (700|6\d\d) that the session has left", printed)
     assert 0 < forecast["minutes"] < 5 and forecast["peak_gib"] is None
     assert "64 training rows" in printed and "would lose their answer" in printed
     assert not list(settings.output_dir.iterdir())
@@ -101,8 +143,25 @@ def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_ou
 
 
 def test_a_run_longer_than_a_session_is_refused(settings):
-    with pytest.raises(MedcotError, match=r"do not fit a session of 12 hours: lower max_steps=100000000"):
-        preflight(replace(settings, max_steps=100_000_000))
+    with pytest.raises(MedcotError, match=r"do not fit the session's 700: lower max_steps=100000000"):
+        preflight(replace(settings, max_steps=100_000_000, session_minutes=700))
+
+
+def test_a_run_shorter_than_the_forecast_takes_is_refused(settings):
+    with pytest.raises(MedcotError, match=r"max_steps=2: a forecast takes 3 steps"):
+        preflight(replace(settings, max_steps=2))
+
+
+def test_a_forecast_beyond_what_there_is_says_so(monkeypatch):
+    from medcot.training import _in_words
+
+    cards(monkeypatch, ("Tesla T4", (7, 5)))
+    found = {"minutes": 30.0, "peak_gib": 16.0, "steps": 60}
+    assert "take about 30.0 minutes of 20 that the session has left (too few: training will stop" in _in_words(
+        found, 20
+    )
+    assert "16.0 of 15.0 GiB of GPU memory at the widest batch (too little:" in _in_words(found)
+    assert "too" not in _in_words({"minutes": 3.0, "peak_gib": 6.0, "steps": 60}, 20)
 
 
 def test_the_t4x2_profile_keeps_eight_examples_a_step():

@@ -47,6 +47,7 @@ def test_settings_are_frozen():
         ({"r": 2.5}, ["r=2.5", "whole number"]),
         ({"warmup_steps": 60}, ["warmup_steps=60", "max_steps=60", "lower warmup_steps"]),
         ({"answer_rows": 101}, ["answer_rows=101", "eval_rows=100", "raise eval_rows"]),
+        ({"eval_loss_rows": 101}, ["eval_loss_rows=101", "eval_rows=100", "raise eval_rows"]),
         ({"learning_rate": 0.0}, ["learning_rate=0.0", "2e-4"]),
         ({"lora_dropout": 1.0}, ["lora_dropout=1.0", "[0, 1)"]),
         ({"temperature": -1.0}, ["temperature=-1.0"]),

@@ -1,7 +1,7 @@
 """The trainer: stock TRL, exactly the masked tokens, the same step whatever the micro-batch."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from medcot import add_lora, load_model, make_trainer, to_examples
+from medcot import Settings, add_lora, load_model, make_trainer, to_examples
 from medcot.prompts import format_prompt
 from medcot.training import EvenSampler
 
@@ -167,3 +167,15 @@ def test_one_seed_gives_one_run(trained, tmp_path):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses() == losses()
+
+
+def test_every_setting_either_decides_what_a_step_computes_or_is_free_to_change():
+    """A new setting must be put on one side: a checkpoint is refused for the ones listed here and for no other."""
+    from medcot.training import _FREE
+
+    deciding = {
+        "model", "model_revision", "load_in_4bit", "device", "r", "lora_alpha", "lora_dropout", "target_modules",
+        "learning_rate", "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "weight_decay",
+        "completion_only_loss", "seed",
+    }  # fmt: skip
+    assert {field.name for field in fields(Settings)} == deciding | set(_FREE) and not deciding & set(_FREE)
