@@ -102,7 +102,7 @@ _DEFAULTS = {
 }  # fmt: skip
 _KERNEL = {"slug": str, "title": str, "notebook": str, "takes": dict} | _DEFAULTS
 _TOP = {"owner": str, "defaults": dict, "kernels": list}
-_SETTINGS = ("MEDCOT_PROFILE", "MEDCOT_MODEL", "MEDCOT_DATASET")
+_SETTINGS = ("MEDCOT_PROFILE", "MEDCOT_MODEL", "MEDCOT_DATASET", "MEDCOT_CHOICES")
 
 
 def read_metadata(root: Path, owner: str | None = None) -> list[Kernel]:

@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from .modeling import for_training, keep_activations
+from .modeling import for_training, keep_activations, report_memory
 from .settings import MedcotError, check_disk, on_all_gpus, on_interrupt, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
@@ -487,6 +487,7 @@ def _callback(settings):
                 wandb.finish()
             peak = self.most() / 2**30 if torch.cuda.is_available() else None
             _write_record(settings, args, state, len(train_dataloader.dataset), peak)
+            report_memory("trained")
 
     return RunCallback()
 

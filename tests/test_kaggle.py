@@ -246,7 +246,7 @@ def test_push_goes_in_order_waits_and_is_done_once(tree, server, capsys):
     assert request["isPrivate"] is True and request["machineShape"] == "NvidiaTeslaT4" and request["newTitle"]
     printed = capsys.readouterr().out
     assert f"https://www.kaggle.com/code/{REFS[0]} (private" in printed
-    assert "expected use of the weekly GPU quota: about 1.75 hours; 2.5 of 30 hours are used" in printed
+    assert "expected use of the weekly GPU quota: about 2 hours; 2.5 of 30 hours are used" in printed
     assert "version 1 successfully pushed" in printed and "medcot-03-compare complete" in printed
     quick(tree)
     assert server.pushes() == REFS, "a second call pushes nothing"

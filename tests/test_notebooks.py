@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from test_tracking import read_offline_run
 
 from medcot import parse_completion
 from medcot.modeling import ADAPTER_FILES
+from medcot.settings import NOTICE
 
 NAMES = ("01_baseline", "02_finetune", "03_compare")
 
@@ -72,6 +74,15 @@ def test_the_offline_wandb_file_holds_the_loss_history(output):
         for item in record.history.item
     ]  # fmt: skip
     assert keys.count("train/loss") == 6 and "eval/loss" in keys
+
+
+def test_the_readmes_own_question_is_answered(output):
+    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    environment = os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(output)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    *_, answer, notice = run.stdout.strip().splitlines()
+    assert answer.strip() and notice == NOTICE and run.stdout.count("<｜end▁of▁sentence｜>") <= 1
 
 
 def test_card_and_figures_are_there(output):
