@@ -9,11 +9,12 @@ from pathlib import Path
 from . import data
 from .modeling import _unsloth, add_lora, load_model, load_tokenizer
 from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
-from .training import FORECAST_STEPS, make_trainer
+from .training import FORECAST_STEPS, _run_callback, make_trainer
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
 DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
-GPU_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 11.0}  # the most that the notebooks took (README, Speed), rounded up
+# GiB of a GPU: what the leanest training took, and the most that a profile took (README, Speed), both rounded up.
+GPU_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": (7.0, 12.5)}
 OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
 
 
@@ -46,10 +47,16 @@ def _gpus(settings, wrong, notes):
             )
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
-    if gib < GPU_GIB.get(settings.model, 0):
+    least, ample = GPU_GIB.get(settings.model, (0, 0))
+    if gib < least:
         wrong.append(
-            f"{cards[0][0]} has {gib:.1f} GiB of memory and {settings.model} needs about {GPU_GIB[settings.model]:.0f}: "
+            f"{cards[0][0]} has {gib:.1f} GiB of memory and {settings.model} needs at least {least:.0f}: "
             "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
+        )
+    elif gib < ample:
+        notes.append(
+            f"{gib:.1f} GiB of GPU memory may be too little where up to {ample:.1f} were used: choose "
+            "MEDCOT_PROFILE=kaggle-t4 and lower generation_memory_gib"
         )
     if len(cards) > settings.nproc_per_node:
         idle = len(cards) - settings.nproc_per_node
@@ -66,7 +73,11 @@ def _versions(settings, wrong, notes):
     """Everything that unsloth declares and that is installed in a version which it excludes."""
     from packaging.requirements import Requirement
 
-    for line in requires("unsloth") or []:
+    try:
+        declared = requires("unsloth") or []
+    except PackageNotFoundError:
+        declared = []  # said below
+    for line in declared:
         requirement = Requirement(line)
         if requirement.name == "certifi" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue  # certifi: declared newer than some registries carry, and nothing needs the newer one
@@ -113,6 +124,9 @@ def _is_here(settings) -> bool:
         path = try_to_load_from_cache(name, file, revision=settings.model_revision if name == settings.model else None)
         return path if isinstance(path, str) else None
 
+    if not _names_a_repository(settings.model):
+        return Path(settings.model).is_dir()
+
     def whole(name):
         if index := cached(name, "model.safetensors.index.json"):
             shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -123,10 +137,23 @@ def _is_here(settings) -> bool:
     return Path(settings.model).is_dir() or any(map(whole, names))
 
 
+def _names_a_repository(model: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _model(settings, wrong, notes):
     """The model stands in a folder or cache here, or the hub answers."""
     if Path(settings.model).is_dir():
         notes.append(f"model in {settings.model}: no network needed")
+        return
+    if not _names_a_repository(settings.model):
+        wrong.append(f"model {settings.model} is no folder here and no name on the hub: set MEDCOT_MODEL to either")
         return
     from huggingface_hub import HfApi
 
@@ -148,7 +175,7 @@ def preflight(settings) -> dict:
 
     Prints as it goes and returns {"minutes": of training, "peak_gib": of GPU memory or None}. The training run makes the
     same forecast from its own first steps, and the run card sets it beside what happened. Raises MedcotError if the
-    machine cannot run the settings or the run does not fit `session_minutes`. Where several processes will train, one is
+    machine cannot run the settings or the run does not fit what is left of `session_minutes`. Where several processes will train, one is
     timed: the others, and what it costs to keep them in step, are not tried.
     """
     import tempfile
@@ -175,9 +202,10 @@ def preflight(settings) -> dict:
         trainer.add_callback(Stop())
         trainer.train()
         forecast = next(entry["forecast"] for entry in trainer.state.log_history if "forecast" in entry)
-    if settings.session_minutes and forecast["minutes"] > settings.session_minutes:
+    left = _run_callback(trainer).minutes_left
+    if left is not None and forecast["minutes"] > left:
         raise MedcotError(
-            f"{forecast['minutes']:.0f} minutes do not fit the session's {settings.session_minutes:.0f}: "
+            f"{forecast['minutes']:.0f} minutes do not fit the {left:.0f} that the session has left: "
             f"lower max_steps={settings.max_steps}, or train in several sessions"
         )
     if settings.nproc_per_node > 1:

@@ -353,7 +353,7 @@ def prepare_environment():
     usual = sys.platform == "linux" and "microsoft" not in platform.release().lower()
     if usual and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Unsloth asks for this too, but too late once a GPU was looked at. 14.4 GiB reserved without it, 11.8 with it, for
-        # 11.7 in use (kaggle-t4-fast, README).
+        # 11.7 in use (kaggle-t4-fast, tests/benchmarks).
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")

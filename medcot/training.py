@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from .modeling import for_training, keep_activations, report_memory
+from .modeling import for_training, keep_activations
 from .settings import MedcotError, check_disk, on_all_gpus, on_interrupt, on_kaggle, only_process
 from .tracking import LossChart, configure_wandb
 
@@ -156,7 +156,8 @@ def train(trainer, settings):
 
     Stops early, with a checkpoint and a printed line that says how to continue, when the session's minutes are used or
     on an interrupt (Ctrl-C, the notebook's stop button). When memory runs out, the micro-batch is divided and the
-    accumulation multiplied, so that a step sees the same examples. Raises MedcotError for a checkpoint of another run,
+    accumulation multiplied, so that a step sees the same examples. A run that stopped on several GPUs is taken over as
+    it stands where this is one process: `train_on_all_gpus` goes on with it. Raises MedcotError for a checkpoint of another run,
     a nearly full disk, more than `MAX_SKIPPED` updates skipped in a row, one example that does not fit the memory, and
     a second process that trains into the same folder.
     """
@@ -181,7 +182,7 @@ def train(trainer, settings):
                     f"{checkpoint}; in a new session attach this one's output first"
                 )
                 return
-            _check_processes(trainer, settings, checkpoint)
+            _check_processes(trainer, settings, _step(checkpoint) if checkpoint else 0)
             if checkpoint and _step(checkpoint) >= settings.max_steps:
                 _take_over(trainer, checkpoint, settings)
                 print(f"already trained, {checkpoint} is its end: delete {checkpoint.parent} to train anew")
@@ -203,12 +204,11 @@ def train(trainer, settings):
         )
 
 
-def _check_processes(trainer, settings, checkpoint):
+def _check_processes(trainer, settings, step: int):
     """Raises MedcotError if the processes at work are not those that the settings count on, or see other checkpoints."""
     from accelerate.utils import gather_object
 
     args = trainer.args
-    step = _step(checkpoint) if checkpoint else 0
     steps = gather_object([step])
     if len(set(steps)) > 1:
         raise MedcotError(f"the processes see checkpoints of steps {steps}: MEDCOT_OUT must be a folder they all share")
@@ -326,12 +326,14 @@ def _digest(path: Path) -> str:
 
 
 def _take_over(trainer, checkpoint: Path, settings):
-    """Gives the trainer the weights and the history of a finished run; writes its record if a kill prevented that."""
+    """Gives the trainer the weights and the history of an ended run; writes its record if a kill prevented that."""
     from transformers import TrainerState
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if trainer.is_world_process_zero() and not (settings.output_dir / RECORD_FILE).is_file():
+    record = settings.output_dir / RECORD_FILE
+    recorded = json.loads(record.read_text(encoding="utf-8"))["steps"] if record.is_file() else None
+    if trainer.is_world_process_zero() and recorded != trainer.state.global_step:
         _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset), peak=None)
 
 
@@ -342,6 +344,7 @@ def _reduce_micro_batch(trainer, settings, callback):
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the attempt that failed says nothing of the next one's forecast
     trainer.model.zero_grad()
     args, step, size = trainer.args, trainer.state.global_step, trainer.args.per_device_train_batch_size
     if size > 1:
@@ -395,7 +398,7 @@ def _callback(settings):
             self.chart, self.bar, self.started, self.stop = LossChart(settings), None, None, None
             self.skipped = self.updating = False
             self.notes = []  # for the history, which the next start of training may begin anew
-            self.trainer, self.step_seconds, self.memory_before, self.peak = None, [], 0, 0
+            self.trainer, self.step_seconds, self.memory_before, self.minutes_left = None, [], 0, None
             # The first process of a container is as old as the session; elsewhere this process stands for it.
             self.session = psutil.Process(1 if on_kaggle() else None).create_time()
 
@@ -406,9 +409,9 @@ def _callback(settings):
             state.log_history += [{"step": state.global_step, "note": note} for note in notes]
             self.notes = []
             self.step_seconds = []
-            if torch.cuda.is_available():
-                self.memory_before, self.peak = torch.cuda.memory_allocated(), self.most()
-                torch.cuda.reset_peak_memory_stats()  # an attempt that ran out of memory says nothing of the next one
+            self.memory_before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+            if settings.session_minutes:
+                self.minutes_left = max(0.0, settings.session_minutes - (time.time() - self.session) / 60)
             if self.bar is not None:
                 self.bar.close()
             self.bar = tqdm(
@@ -420,9 +423,6 @@ def _callback(settings):
             )
             if wandb.run is not None and not wandb.run.offline:
                 wandb.run.display(height=420)
-
-        def most(self):
-            return max(self.peak, torch.cuda.max_memory_allocated())
 
         def on_step_begin(self, args, state, control, **_):
             self.step_started = time.monotonic()
@@ -442,8 +442,7 @@ def _callback(settings):
             self.step_seconds.append(time.monotonic() - self.step_started)
             if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
                 state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
-                left = settings.session_minutes and settings.session_minutes - (time.time() - self.session) / 60
-                self.bar.write(_in_words(state.log_history[-1]["forecast"], left))
+                self.bar.write(_in_words(state.log_history[-1]["forecast"], self.minutes_left))
             if self.skipped:
                 state.log_history.append({"step": state.global_step, "skipped_update": True})
                 in_all, in_a_row = _skipped(state.log_history)
@@ -485,9 +484,10 @@ def _callback(settings):
             self.chart.draw(state.log_history, save=True)
             if wandb.run is not None:
                 wandb.finish()
-            peak = self.most() / 2**30 if torch.cuda.is_available() else None
+            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
             _write_record(settings, args, state, len(train_dataloader.dataset), peak)
-            report_memory("trained")
+            if peak is not None:
+                print(f"trained: peak {peak:.1f} GiB of GPU memory")
 
     return RunCallback()
 
@@ -521,12 +521,12 @@ def forecast(callback, args, state) -> dict:
     return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak, "steps": state.max_steps - start}
 
 
-def _in_words(found: dict, minutes_left: float = 0) -> str:
-    """The forecast beside what there is: the GPU's memory, and the minutes left of the session (0: no limit)."""
+def _in_words(found: dict, minutes_left: float | None = None) -> str:
+    """The forecast beside what there is: the GPU's memory, and the minutes the session had left when training began."""
     import torch
 
     words = f"forecast from the first {FORECAST_STEPS} steps: {found['steps']} steps take about {found['minutes']:.1f} minutes"
-    if minutes_left:
+    if minutes_left is not None:
         words += f" of {minutes_left:.0f} that the session has left"
         if found["minutes"] > minutes_left:
             words += " (too few: training will stop before that, with a checkpoint to go on from)"
@@ -550,6 +550,7 @@ def run_training(settings):
     held_out = data.to_examples(splits.eval.select(range(settings.eval_loss_rows)), tokenizer, settings, show=False)
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings, held_out)
     train(trainer, settings)
+    _check_processes(trainer, settings, trainer.state.global_step)  # of a run that was only taken over, work is left
     if trainer.is_world_process_zero():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
     # Left open, gloo's own thread may abort a process whose work is done. Not after an error: NCCL might wait for ever.

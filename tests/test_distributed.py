@@ -158,9 +158,13 @@ def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp
 
 
 def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, tmp_path, capsys):
-    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, session_minutes=0.01)
+    # Without warm-up the first step already changes the adapter, so that a fresh one would be told apart.
+    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, session_minutes=0.01, warmup_steps=0)
     train_on_all_gpus(settings)
     capsys.readouterr()
+    record = tmp_path / "training.json"
+    stale = json.loads(record.read_text()) | {"steps": 0, "notes": []}  # as if a kill had come before it was written
+    record.write_text(json.dumps(stale))
     model, tokenizer = load_model(settings)
     examples = to_examples(load_splits(settings).train, tokenizer, settings, show=False)
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
@@ -170,7 +174,11 @@ def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, t
         "Run train_on_all_gpus(settings) to go on" in capsys.readouterr().out
     )
     saved, _ = load_model(settings, adapter=settings.adapter_dir)
-    assert weights_id(trainer.model) == weights_id(saved) != "base"
+    fresh = add_lora(load_model(settings)[0], settings)
+    assert weights_id(trainer.model) == weights_id(saved) != weights_id(fresh)
+    assert json.loads(record.read_text())["steps"] == 1
+    with pytest.raises(MedcotError, match=r"would take 2 examples a step and the settings say 4"):
+        run_training(settings)  # on the command line there is work left, and no notebook to go on with
 
 
 def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):

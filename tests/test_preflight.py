@@ -48,10 +48,16 @@ def test_two_processes_need_two_gpus(monkeypatch, gpu_settings):
 
 
 def test_a_card_too_small_for_the_8b_is_refused_with_the_cure(monkeypatch, gpu_settings, capsys):
-    cards(monkeypatch, ("NVIDIA GeForce RTX 4060", (8, 9)), gib=8)
+    cards(monkeypatch, ("NVIDIA GeForce RTX 4050", (8, 9)), gib=6)
     check_machine(gpu_settings)  # large enough for the embedded model
-    with pytest.raises(MedcotError, match=r"RTX 4060 has 8.0 GiB of memory and .*8B needs about 11: .*PROFILE=tiny"):
-        check_machine(replace(gpu_settings, model=PROFILES["kaggle-t4"].model))
+    large = replace(gpu_settings, model=PROFILES["kaggle-t4"].model)
+    with pytest.raises(MedcotError, match=r"RTX 4050 has 6.0 GiB of memory and .*8B needs at least 7: .*PROFILE=tiny"):
+        check_machine(large)
+    cards(monkeypatch, ("NVIDIA GeForce RTX 3080", (8, 6)), gib=10)
+    with pytest.raises(MedcotError, match="cannot be asked") as error:
+        check_machine(large)
+    assert "GiB of memory" not in str(error.value)
+    assert "10.0 GiB of GPU memory may be too little where up to 12.5 were used" in capsys.readouterr().out
 
 
 def test_a_cpu_is_told_its_profile(settings, capsys):
@@ -67,17 +73,28 @@ def test_an_excluded_version_names_the_pin(monkeypatch, settings):
         check_machine(settings)
 
 
-def test_a_package_that_is_missing_is_named_beside_all_else(monkeypatch, settings):
-    from importlib.metadata import PackageNotFoundError, version
+@pytest.mark.parametrize("missing", ["trl", "unsloth"])
+def test_a_package_that_is_missing_is_named_beside_all_else(monkeypatch, settings, missing):
+    from importlib import metadata
 
-    def found(name):
-        if name == "trl":
-            raise PackageNotFoundError(name)
-        return version(name)
+    def unless_missing(function):
+        def found(name):
+            if name == missing:
+                raise metadata.PackageNotFoundError(name)
+            return function(name)
 
-    monkeypatch.setattr("medcot.preflight.version", found)
-    with pytest.raises(MedcotError, match=r"trl is not installed: pip install -r .*; model no-one/nothing"):
+        return found
+
+    for name in ("version", "requires"):
+        monkeypatch.setattr(f"medcot.preflight.{name}", unless_missing(getattr(metadata, name)))
+    with pytest.raises(MedcotError, match=rf"{missing} is not installed: pip install -r .*; model no-one/nothing"):
         check_machine(replace(settings, model="no-one/nothing"))
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "models/llama/8b"])
+def test_a_mistyped_folder_is_named(settings, model):
+    with pytest.raises(MedcotError, match=f"model {model} is no folder here and no name on the hub: set MEDCOT_MODEL"):
+        check_machine(replace(settings, model=model))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -143,7 +160,9 @@ def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_ou
 
 
 def test_a_run_longer_than_a_session_is_refused(settings):
-    with pytest.raises(MedcotError, match=r"do not fit the session's 700: lower max_steps=100000000"):
+    with pytest.raises(
+        MedcotError, match=r"do not fit the (700|6\d\d) that the session has left: lower max_steps=100000000"
+    ):
         preflight(replace(settings, max_steps=100_000_000, session_minutes=700))
 
 
