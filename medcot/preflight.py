@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from . import data
-from .modeling import _unsloth, add_lora, load_model, load_tokenizer
+from .modeling import add_lora, load_model
 from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
-from .training import FORECAST_STEPS, _run_callback, make_trainer
+from .training import FORECAST_STEPS, make_trainer
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
 DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
@@ -73,11 +73,14 @@ def _versions(settings, wrong, notes):
     """Everything that unsloth declares and that is installed in a version which it excludes."""
     from packaging.requirements import Requirement
 
-    try:
-        declared = requires("unsloth") or []
-    except PackageNotFoundError:
-        declared = []  # said below
-    for line in declared:
+    there = {}
+    for name in ("unsloth", "torch", "transformers", "trl", "peft"):
+        try:
+            there[name] = version(name)
+        except PackageNotFoundError:
+            wrong.append(f"{name} is not installed: pip install -r requirements.lock")
+    notes.append(", ".join(f"{name} {number}" for name, number in there.items()))
+    for line in requires("unsloth") or [] if "unsloth" in there else []:
         requirement = Requirement(line)
         if requirement.name == "certifi" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue  # certifi: declared newer than some registries carry, and nothing needs the newer one
@@ -87,13 +90,6 @@ def _versions(settings, wrong, notes):
             continue  # torchvision, xformers and diffusers are declared and not needed here
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found} is excluded by unsloth: pip install '{requirement}'")
-    found = []
-    for name in ("unsloth", "torch", "transformers", "trl", "peft"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            wrong.append(f"{name} is not installed: pip install -r requirements.lock")
-    notes.append(", ".join(found))
 
 
 def _disk(settings, wrong, notes):
@@ -119,13 +115,11 @@ def _disk(settings, wrong, notes):
 def _is_here(settings) -> bool:
     """The model's weights stand in a folder or in the hub's cache, under its name or that of the 4-bit copy."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
     def cached(name, file):
         path = try_to_load_from_cache(name, file, revision=settings.model_revision if name == settings.model else None)
         return path if isinstance(path, str) else None
-
-    if not _names_a_repository(settings.model):
-        return Path(settings.model).is_dir()
 
     def whole(name):
         if index := cached(name, "model.safetensors.index.json"):
@@ -134,17 +128,10 @@ def _is_here(settings) -> bool:
         return cached(name, "model.safetensors") is not None
 
     names = (settings.model, f"{settings.model.lower()}-unsloth-bnb-4bit", f"{settings.model}-unsloth-bnb-4bit")
-    return Path(settings.model).is_dir() or any(map(whole, names))
-
-
-def _names_a_repository(model: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
-        validate_repo_id(model)
-    except HFValidationError:
+        return Path(settings.model).is_dir() or any(map(whole, names))
+    except HFValidationError:  # no name that a hub could have
         return False
-    return True
 
 
 def _model(settings, wrong, notes):
@@ -152,10 +139,8 @@ def _model(settings, wrong, notes):
     if Path(settings.model).is_dir():
         notes.append(f"model in {settings.model}: no network needed")
         return
-    if not _names_a_repository(settings.model):
-        wrong.append(f"model {settings.model} is no folder here and no name on the hub: set MEDCOT_MODEL to either")
-        return
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError
 
     if _is_here(settings):
         notes.append(f"model {settings.model} is in the local cache")
@@ -163,6 +148,8 @@ def _model(settings, wrong, notes):
     try:
         HfApi().model_info(settings.model, revision=settings.model_revision, timeout=10)
         notes.append(f"model {settings.model} will be downloaded")
+    except HFValidationError:
+        wrong.append(f"model {settings.model} is no folder here and no name on the hub: set MEDCOT_MODEL to either")
     except Exception as error:  # httpx, requests, the hub and offline mode all raise their own
         cure = "switch the internet on in the session's settings" if on_kaggle() else "check the network"
         wrong.append(
@@ -173,36 +160,35 @@ def _model(settings, wrong, notes):
 def preflight(settings) -> dict:
     """Checks the machine, audits the rows, times the first real steps and predicts the whole run; keeps nothing.
 
-    Prints as it goes and returns {"minutes": of training, "peak_gib": of GPU memory or None}. The training run makes the
-    same forecast from its own first steps, and the run card sets it beside what happened. Raises MedcotError if the
-    machine cannot run the settings or the run does not fit what is left of `session_minutes`. Where several processes will train, one is
-    timed: the others, and what it costs to keep them in step, are not tried.
+    Prints as it goes and returns `training.forecast`. The training run makes the same forecast from its own first steps,
+    and the run card sets it beside what happened. Raises MedcotError if the machine cannot run the settings or the run
+    does not fit what is left of `session_minutes`. Where several processes will train, one is timed: the others, and
+    what it costs to keep them in step, are not tried.
     """
     import tempfile
 
     check_machine(settings)
-    _unsloth()  # before transformers, which the tokenizer of the audit imports
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step >= FORECAST_STEPS
-
     if settings.max_steps < FORECAST_STEPS:
         raise MedcotError(
             f"max_steps={settings.max_steps}: a forecast takes {FORECAST_STEPS} steps, raise it or just train"
         )
     splits = data.load_splits(settings)
-    print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, output_dir=Path(folder), report_to="none")
         model, tokenizer = load_model(settings)
+        from transformers import TrainerCallback  # after unsloth, which `load_model` imports
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                control.should_training_stop = state.global_step >= FORECAST_STEPS
+
+        print(data.audit(splits, tokenizer, settings))
         examples = data.to_examples(splits.train, tokenizer, settings, show=False)
         trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
         trainer.add_callback(Stop())
         trainer.train()
         forecast = next(entry["forecast"] for entry in trainer.state.log_history if "forecast" in entry)
-    left = _run_callback(trainer).minutes_left
+    left = forecast["minutes_left"]
     if left is not None and forecast["minutes"] > left:
         raise MedcotError(
             f"{forecast['minutes']:.0f} minutes do not fit the {left:.0f} that the session has left: "

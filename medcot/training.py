@@ -157,9 +157,9 @@ def train(trainer, settings):
     Stops early, with a checkpoint and a printed line that says how to continue, when the session's minutes are used or
     on an interrupt (Ctrl-C, the notebook's stop button). When memory runs out, the micro-batch is divided and the
     accumulation multiplied, so that a step sees the same examples. A run that stopped on several GPUs is taken over as
-    it stands where this is one process: `train_on_all_gpus` goes on with it. Raises MedcotError for a checkpoint of another run,
-    a nearly full disk, more than `MAX_SKIPPED` updates skipped in a row, one example that does not fit the memory, and
-    a second process that trains into the same folder.
+    it stands where this is one process: `train_on_all_gpus` goes on with it. Raises MedcotError for a checkpoint of
+    another run, a nearly full disk, more than `MAX_SKIPPED` updates skipped in a row, one example that does not fit the
+    memory, and a second process that trains into the same folder.
     """
     import wandb
     from accelerate.utils.memory import should_reduce_batch_size
@@ -272,8 +272,8 @@ def _stopped(checkpoint: Path | None) -> str | None:
     if checkpoint is None:
         return None
     history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    notes = [entry["note"] for entry in history if "note" in entry and entry["step"] == _step(checkpoint)]
-    return notes[-1] if notes and notes[-1].startswith("stopped at step") else None
+    stops = (entry["note"] for entry in history if entry.get("stopped") and entry["step"] == _step(checkpoint))
+    return next(stops, None)
 
 
 def _identity(settings, examples) -> dict:
@@ -331,8 +331,9 @@ def _take_over(trainer, checkpoint: Path, settings):
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    record = settings.output_dir / RECORD_FILE
-    recorded = json.loads(record.read_text(encoding="utf-8"))["steps"] if record.is_file() else None
+    recorded = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recorded = json.loads((settings.output_dir / RECORD_FILE).read_text(encoding="utf-8"))["steps"]
     if trainer.is_world_process_zero() and recorded != trainer.state.global_step:
         _write_record(settings, trainer.args, trainer.state, len(trainer.train_dataset), peak=None)
 
@@ -442,7 +443,7 @@ def _callback(settings):
             self.step_seconds.append(time.monotonic() - self.step_started)
             if len(self.step_seconds) == FORECAST_STEPS and state.is_world_process_zero:
                 state.log_history.append({"step": state.global_step, "forecast": forecast(self, args, state)})
-                self.bar.write(_in_words(state.log_history[-1]["forecast"], self.minutes_left))
+                self.bar.write(_in_words(state.log_history[-1]["forecast"]))
             if self.skipped:
                 state.log_history.append({"step": state.global_step, "skipped_update": True})
                 in_all, in_a_row = _skipped(state.log_history)
@@ -459,7 +460,7 @@ def _callback(settings):
             self.stop = next((stop for stop in gather_object([self.stop]) if stop), None)
             if self.stop and not control.should_training_stop:
                 note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
-                state.log_history.append({"step": state.global_step, "note": note})
+                state.log_history.append({"step": state.global_step, "note": note, "stopped": True})
                 control.should_save = control.should_training_stop = True
             if control.should_save:
                 check_disk(args.output_dir, _checkpoint_bytes(model))
@@ -493,7 +494,8 @@ def _callback(settings):
 
 
 def forecast(callback, args, state) -> dict:
-    """What the first steps say of the whole run: {"minutes": of training, "peak_gib": of GPU memory or None}.
+    """What the first steps say of the whole run: {"minutes": of training, "peak_gib": of GPU memory or None,
+    "minutes_left": of the session when training began, None without `session_minutes`, "steps": that were to come}.
 
     Seconds a token are taken from the steps after the first, which compiles; the tokens of every step to come are known,
     since the order of the rows is. Memory grows in proportion to the widest micro-batch above what the model itself takes.
@@ -518,17 +520,18 @@ def forecast(callback, args, state) -> dict:
         )
         before, most = callback.memory_before, torch.cuda.max_memory_allocated()
         peak = (before + (most - before) * max(widths) / seen) / 2**30
-    return {"minutes": (sum(seconds) + rate * to_come) / 60, "peak_gib": peak, "steps": state.max_steps - start}
+    minutes, left = (sum(seconds) + rate * to_come) / 60, callback.minutes_left
+    return {"minutes": minutes, "peak_gib": peak, "minutes_left": left, "steps": state.max_steps - start}
 
 
-def _in_words(found: dict, minutes_left: float | None = None) -> str:
-    """The forecast beside what there is: the GPU's memory, and the minutes the session had left when training began."""
+def _in_words(found: dict) -> str:
+    """The forecast beside what there is: the GPU's memory, and the minutes that the session has left."""
     import torch
 
     words = f"forecast from the first {FORECAST_STEPS} steps: {found['steps']} steps take about {found['minutes']:.1f} minutes"
-    if minutes_left is not None:
-        words += f" of {minutes_left:.0f} that the session has left"
-        if found["minutes"] > minutes_left:
+    if found["minutes_left"] is not None:
+        words += f" of {found['minutes_left']:.0f} that the session has left"
+        if found["minutes"] > found["minutes_left"]:
             words += " (too few: training will stop before that, with a checkpoint to go on from)"
     if found["peak_gib"] is not None:
         there = torch.cuda.get_device_properties(0).total_memory / 2**30

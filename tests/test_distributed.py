@@ -43,7 +43,13 @@ if "RANK" in os.environ:
 
 
 @pytest.fixture(scope="module")
-def pair(trained, tmp_path_factory):
+def drawn():
+    """How many log entries the chart of the notebook had, each time it was drawn while two processes trained."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pair(trained, drawn, tmp_path_factory):
     """The same short run by one process (4 a micro-batch, padded) and by two (2 each, arranged and without padding)."""
     one = replace(
         trained.settings,
@@ -59,12 +65,9 @@ def pair(trained, tmp_path_factory):
         nproc_per_node=2,
         output_dir=tmp_path_factory.mktemp("two"),
     )
-    drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("medcot.training.LossChart.draw", lambda self, history, save=False: drawn.append(len(history)))
         train_on_all_gpus(two)
-    assert drawn == list(range(1, 1 + len(drawn)))
-    (two.output_dir / "drawn.txt").write_text(str(len(drawn)))
     run_training(one)
     return one, two
 
@@ -83,16 +86,16 @@ def test_two_processes_take_the_same_steps_as_one(pair):
 
 def test_two_processes_leave_the_same_files(pair):
     one, two = ({str(f.relative_to(s.output_dir)) for f in s.output_dir.rglob("*") if f.is_file()} for s in pair)
-    # One random state a process in a checkpoint, the settings that the processes were started with, the fixture's note.
-    assert {name for name in two - one if "rng_state" not in name} == {"settings.json", "drawn.txt"}
+    # One random state a process in a checkpoint, and the settings that the processes were started with.
+    assert {name for name in two - one if "rng_state" not in name} == {"settings.json"}
     assert {name for name in one - two if "rng_state" not in name} == set()
     assert {f"DeepSeek-R1-Medical-COT/{name}" for name in ADAPTER_FILES} <= two
 
 
-def test_the_chart_was_drawn_in_the_notebook_after_every_entry(pair):
+def test_the_chart_was_drawn_in_the_notebook_after_every_entry(pair, drawn):
     history = json.loads((pair[1].output_dir / "training.json").read_text())["log_history"]
     logged = [entry for entry in history if "seconds" in entry]  # losses, held-out losses and the summary at the end
-    assert int((pair[1].output_dir / "drawn.txt").read_text()) == len(logged) >= 6
+    assert drawn == list(range(1, 1 + len(logged))) and len(logged) >= 6
 
 
 def test_the_notebook_finds_the_work_done(pair, capsys):

@@ -153,7 +153,7 @@ def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_ou
     rows = {"input_ids": [[0] * length for length in lengths]}
     batches = SimpleNamespace(batch_sampler=[[2 * i, 2 * i + 1] for i in range(5)])
     trainer = SimpleNamespace(train_dataset=rows, get_train_dataloader=lambda: batches)
-    callback = SimpleNamespace(trainer=trainer, step_seconds=[30.0, 2.0, 2.0], memory_before=0)
+    callback = SimpleNamespace(trainer=trainer, step_seconds=[30.0, 2.0, 2.0], memory_before=0, minutes_left=None)
     args = SimpleNamespace(padding_free=False, gradient_accumulation_steps=1)
     found = forecast(callback, args, SimpleNamespace(global_step=3, max_steps=5))
     assert found["minutes"] * 60 == pytest.approx(34 + 2 * 4.0) and found["steps"] == 5
@@ -175,12 +175,10 @@ def test_a_forecast_beyond_what_there_is_says_so(monkeypatch):
     from medcot.training import _in_words
 
     cards(monkeypatch, ("Tesla T4", (7, 5)))
-    found = {"minutes": 30.0, "peak_gib": 16.0, "steps": 60}
-    assert "take about 30.0 minutes of 20 that the session has left (too few: training will stop" in _in_words(
-        found, 20
-    )
-    assert "16.0 of 15.0 GiB of GPU memory at the widest batch (too little:" in _in_words(found)
-    assert "too" not in _in_words({"minutes": 3.0, "peak_gib": 6.0, "steps": 60}, 20)
+    words = _in_words({"minutes": 30.0, "peak_gib": 16.0, "minutes_left": 20.0, "steps": 60})
+    assert "take about 30.0 minutes of 20 that the session has left (too few: training will stop" in words
+    assert "16.0 of 15.0 GiB of GPU memory at the widest batch (too little:" in words
+    assert "too" not in _in_words({"minutes": 3.0, "peak_gib": 6.0, "minutes_left": 20.0, "steps": 60})
 
 
 def test_the_t4x2_profile_keeps_eight_examples_a_step():

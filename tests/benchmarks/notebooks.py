@@ -7,8 +7,9 @@ the longest that the evaluation can take. Rows and questions have about the leng
 model's own tokenizer. The notebooks are run as they are by `medcot demo`; a start-up file of their kernels holds
 the card to T4 conditions, watches the parts of the evaluation, and compares greedy tokens of the trained model in 02
 with those of the reloaded one in 03. Of a profile on two GPUs, the processes that torchrun starts are held to the same
-conditions and timed as a whole, by the cell that starts them, loading included. Prints a Markdown table and writes notebooks.json. The estimate for a T4 is
-arithmetic over counted tokens and steps, not a measurement; its assumptions are the constants below.
+conditions and timed as a whole, by the cell that starts them, loading included. Prints a Markdown table and writes
+notebooks.json. The estimate for a T4 is arithmetic over counted tokens and steps, not a measurement; its assumptions are
+the constants below.
 """
 
 import argparse
@@ -259,7 +260,6 @@ def main():
         "t4_conditions": options.t4,
         "reserved_gib": max(part["reserved_gib"] for part in parts),
         "processes": PROFILES[options.profile].nproc_per_node, "seconds_on_all_gpus": cells_on_all_gpus(out),
-        "parts_of": "the notebooks' own processes",
         "t4_minutes": [sum(part["t4_minutes"][k] for part in parts) for k in (0, 1)], "parts": parts,
         "kernels": [{name: value for name, value in kernel.items() if name != "parts"} for kernel in kernels],
         "shown": [line for line in shown if any(mark in line for mark in marks) and "/s]" not in line],

@@ -333,16 +333,19 @@ def table(results):
         f"{card.get('device')}, torch {card.get('torch')}, fp16 products {card.get('matrix_tflops', 0):.0f} TFLOP/s",
         "",
     ]
-    lines += ["| recipe | real tokens/s | peak GiB | reserved | times | losses, steps 1, 2, 3, last |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    lines += ["| recipe | real tokens/s | seconds a step | peak GiB | reserved | times | losses, steps 1, 2, 3, last |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for name in (name for name in results if name != "card"):
         found = results[name]
         if "error" in found:
-            lines.append(f"| {name} | {found['error']} | | | | |")
+            lines.append(f"| {name} | {found['error']} | | | | | |")
             continue
         losses = found.get("losses", [])
         shown = " ".join(f"{loss:.4f}" for loss in (*losses[:3], *losses[-1:]))
-        reserved = f"{found['reserved_gib']:.1f}, {found['alloc_retries']} retries" if "reserved_gib" in found else ""
+        reserved = f"{found['reserved_gib']:.1f}" if "reserved_gib" in found else ""
+        reserved += f", {found['alloc_retries']} retries" if "alloc_retries" in found else ""
+        took = sorted(found.get("seconds", [])[WARM_UP:])
+        took = f"{statistics.median(took):.2f} ({took[0]:.2f} to {took[-1]:.2f})" if took else ""
         times = ", ".join(
             f"{found['tokens_per_second'] / results[other]['tokens_per_second']:.2f} x {short}"
             for short, other in AGAINST.items()
@@ -351,7 +354,7 @@ def table(results):
             and other != name
         )
         rate = f"{found['tokens_per_second']:,.0f}"
-        lines.append(f"| {name} | {rate} | {found['peak_gib']:.1f} | {reserved} | {times} | {shown} |")
+        lines.append(f"| {name} | {rate} | {took} | {found['peak_gib']:.1f} | {reserved} | {times} | {shown} |")
     return "\n".join(lines)
 
 
