@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import kaggle
+
 from .settings import NOTICE, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluation = commands.add_parser("evaluate", help="what 03_compare measures; under torchrun on many GPUs")
     evaluation.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
     evaluation.set_defaults(run=evaluate)
-    kaggle.add_commands(commands)
+    # kaggle
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -42,31 +42,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def audit(_):
     """Prints the audit of the training rows; writes nothing."""
-    from . import data
-    from .modeling import load_tokenizer
+    from .data import load_splits
+    from .run.audit import audit
+    from .tokenizer import load_tokenizer
 
     settings = load_settings()
-    splits = data.load_splits(settings)
-    print(data.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
+    splits = load_splits(settings)
+    print(audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
 
 
 def preflight(_):
     """Checks, audit, three timed steps and a forecast; keeps nothing."""
-    from .preflight import preflight
+    from .run.preflight import preflight
 
     preflight(load_settings())
 
 
 def finetune(options):
     """Trains and saves the adapter, in one process or as one of those that torchrun started."""
-    from .training import run_training
+    from .run.resume import run_training
 
     run_training(_settings_of_a_process(options))
 
 
 def evaluate(options):
     """Measures base and fine-tuned model, in one process or as one of those that torchrun started."""
-    from .inference import run_evaluation
+    from .evaluation.measure import run_evaluation
 
     run_evaluation(_settings_of_a_process(options))
 

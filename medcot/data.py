@@ -1,16 +1,17 @@
-"""Rows: where they come from, what is wrong with them, and the token sequences they become."""
+"""Rows: where they come from, and the token sequences they become."""
 
+import glob
 import hashlib
 import html
 import json
-import statistics
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import is_tarfile
 
-from .prompts import THINK_CLOSE, THINK_OPEN, format_completion, format_prompt
-from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError, hub_revision, patiently
+from . import identity
+from .hub import hub_revision, patiently
+from .prompts import encode_completion, encode_prompt, format_completion
+from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -60,14 +61,15 @@ def load_splits(settings) -> Splits:
 
     Rows with an empty field are dropped and a row whose question already stands in training is moved out of the
     evaluation rows; both are counted, and one line says what was loaded. Raises MedcotError for a source that cannot
-    be read, lacks a column or has too few rows.
+    be read, lacks a column or has too few rows, and for training rows other than those the output folder was made with.
     """
     if settings.dataset == EMBEDDED_CASES:
         train, evaluation = _embedded_cases(settings)
-        splits = Splits(train, evaluation, EMBEDDED_CASES, None, _fingerprint(train, evaluation))
+        splits = Splits(train, evaluation, EMBEDDED_CASES, None, fingerprint(train, evaluation))
     else:
         rows, revision = _read_rows(settings)
         splits = _split(rows, revision, settings)
+    identity.check(settings, rows=fingerprint(splits.train))
     print(splits)
     return splits
 
@@ -94,8 +96,10 @@ def _read_rows(settings):
         raise MedcotError(f"dataset={settings.dataset[:200]!r}: {error.strerror}, name a file or a hub name") from error
     if local:
         (kind, files), revision = _data_files(path), None
+        # A word such as "NA" is text like any other.
+        options = {"keep_default_na": False} if kind == "csv" else {}
         try:
-            rows = datasets.load_dataset(kind, data_files=files, split="train")
+            rows = datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
         except Exception as error:  # the library raises a different class for each way a file can be wrong
             raise _unreadable(settings.dataset, error, "check that the file is what its name says") from error
     elif path.is_absolute() or path.suffix in FILE_TYPES or settings.dataset.startswith("."):
@@ -188,10 +192,11 @@ def _split(rows, revision, settings) -> Splits:
             "for: lower them with dataclasses.replace, or use MEDCOT_PROFILE=smoke"
         )
     evaluation = rows.select(kept)
-    return Splits(train, evaluation, settings.dataset, revision, _fingerprint(train, evaluation), dropped)
+    return Splits(train, evaluation, settings.dataset, revision, fingerprint(train, evaluation), dropped)
 
 
-def _fingerprint(*splits) -> str:
+def fingerprint(*splits) -> str:
+    """SHA-256 over the three text columns of all rows, in order."""
     digest = hashlib.sha256()
     for split in splits:
         for row in split:
@@ -200,88 +205,11 @@ def _fingerprint(*splits) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What a look at the training rows found before any GPU time is spent."""
-
-    source: str
-    rows: int
-    duplicates: int
-    """Training rows whose question already stood in an earlier one."""
-    think_tags: int
-    """Rows with a think tag inside a field; the prompt defuses them."""
-    outer_white_space: int
-    """Rows with a field that starts or ends in white space; kept as they are."""
-    non_ascii: int
-    token_counts: tuple[int, ...]
-    """Length of each whole training example in tokens, in row order."""
-    max_seq_length: int
-    """The limit in tokens."""
-    dropped: dict
-    """Rows left out while loading, counted by reason."""
-    showcase_in_training: bool
-    """Whether the original's showcase question is a training row."""
-
-    @property
-    def over_long(self) -> tuple[int, ...]:
-        """Indices of the rows that would lose their answer at `max_seq_length`."""
-        return tuple(i for i, count in enumerate(self.token_counts) if count > self.max_seq_length)
-
-    def _showcase(self):
-        if self.source == EMBEDDED_CASES:
-            return "the showcase question is not asked here: a training row stands in for it"
-        found = "a training row: no evidence of learning" if self.showcase_in_training else "not a training row"
-        return f"the showcase question is {found}"
-
-    def __str__(self):
-        counts = sorted(self.token_counts)
-        p95 = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
-        lines = [f"{self.rows} training rows from {self.source}"]
-        lines += [f"  {count} rows {reason}" for reason, count in self.dropped.items()]
-        lines += [
-            f"  {self.duplicates} repeat the question of an earlier row",
-            f"  {self.think_tags} have a think tag inside a field (defused by the prompt)",
-            f"  {self.outer_white_space} have outer white space, {self.non_ascii} have non-ASCII characters (both kept)",
-            f"  tokens per example: mean {statistics.fmean(counts):.0f}, 95th percentile {p95}, longest {counts[-1]}",
-            f"  {len(self.over_long)} would lose their answer at max_seq_length {self.max_seq_length}"
-            + (
-                f" (rows {', '.join(map(str, self.over_long[:8]))}): left out, or raise max_seq_length"
-                if self.over_long
-                else ""
-            ),
-            f"  {self._showcase()}",
-        ]
-        return "\n".join(lines)
-
-
-def audit(splits: Splits, tokenizer, settings) -> Audit:
-    """Looks at every training row once; `tokenizer` counts the tokens of the whole example, prompt and EOS included."""
-    questions, fields = Counter(map(normalise, splits.train["Question"])), [splits.train[column] for column in COLUMNS]
-    rows = list(zip(*fields, strict=True))
-    return Audit(
-        source=splits.source,
-        rows=len(rows),
-        duplicates=len(rows) - len(questions),
-        think_tags=sum(any(tag in text for text in row for tag in (THINK_OPEN, THINK_CLOSE)) for row in rows),
-        outer_white_space=sum(any(text != text.strip() for text in row) for row in rows),
-        non_ascii=sum(not all(text.isascii() for text in row) for row in rows),
-        token_counts=tuple(len(_encode(row, tokenizer)["input_ids"]) for row in rows),
-        max_seq_length=settings.max_seq_length,
-        dropped=dict(splits.dropped),
-        showcase_in_training=normalise(SHOWCASE_QUESTION) in questions,
-    )
-
-
-def _encode(row, tokenizer) -> dict:
-    """`input_ids` and `completion_mask` of one example.
-
-    Prompt and completion are encoded apart, so that the prompt's tokens are those of inference whatever the reasoning
-    starts with.
-    """
-    question, reasoning, response = row
-    prompt = tokenizer(format_prompt(question), verbose=False)["input_ids"]
-    completion = format_completion(reasoning, response, tokenizer.eos_token)
-    completion = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+def encode_example(row, tokenizer) -> dict:
+    """`input_ids` and `completion_mask` of one example."""
+    question, reasoning, response = (row[column] for column in COLUMNS)
+    prompt = encode_prompt(question, tokenizer)
+    completion = encode_completion(format_completion(reasoning, response, tokenizer.eos_token), tokenizer)
     return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
 
 
@@ -298,7 +226,7 @@ def to_examples(rows, tokenizer, settings, show: bool = True):
 
     examples, over_long = [], []
     for i, row in enumerate(rows):
-        example = _encode([row[column] for column in COLUMNS], tokenizer)
+        example = encode_example(row, tokenizer)
         if len(example["input_ids"]) > settings.max_seq_length:
             over_long.append(i)
             continue
@@ -314,7 +242,11 @@ def to_examples(rows, tokenizer, settings, show: bool = True):
         left_out = f", {len(over_long)} left out as longer than {settings.max_seq_length} tokens" if over_long else ""
         print(f"{len(examples)} examples{left_out}; the first, with its supervised tokens coloured:")
         show_example(examples[0], tokenizer)
-    return datasets.Dataset.from_list(examples)
+    found = datasets.Dataset.from_list(examples)
+    found.info.description = fingerprint(
+        rows
+    )  # travels with the examples, so that a run can say what it was trained on
+    return found
 
 
 def _check_example(input_ids, row, tokenizer):

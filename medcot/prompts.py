@@ -1,4 +1,4 @@
-"""The prompt: one text for training and for inference. Standard library only."""
+"""The prompt: one text for training and for inference, and the tokens it becomes. Standard library only."""
 
 import re
 from dataclasses import dataclass
@@ -45,6 +45,34 @@ def format_completion(reasoning: str, response: str, eos_token: str) -> str:
 def format_example(question: str, reasoning: str, response: str, eos_token: str) -> str:
     """A whole training example: `format_prompt` and `format_completion`, one after the other."""
     return format_prompt(question) + format_completion(reasoning, response, eos_token)
+
+
+def list_options(question: str, choices) -> str:
+    """The question with one lettered option a line, as in an exam."""
+    return "\n".join([question, *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))])
+
+
+def chat_prompt(question: str, tokenizer) -> str:
+    """The question alone as the user's turn of the tokenizer's chat template, BOS included, with the thinking opened."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": escape(question)}], add_generation_prompt=True, tokenize=False
+    )
+    return text if text.endswith(f"{THINK_OPEN}\n") else f"{text}{THINK_OPEN}\n"
+
+
+def encode_prompt(question: str, tokenizer, chat: bool = False, begun: str = "") -> list[int]:
+    """The tokens that a model goes on from, exactly one BOS in front: our prompt, or with `chat` its own template.
+
+    `begun` is what the answer already begins with. Prompt and completion are encoded apart, here and in
+    `encode_completion`, so that a prompt's tokens are the same in training and inference whatever follows it.
+    """
+    text = chat_prompt(question, tokenizer) if chat else format_prompt(question)  # a chat template writes BOS itself
+    return tokenizer(text + begun, add_special_tokens=not chat, verbose=False)["input_ids"]
+
+
+def encode_completion(text: str, tokenizer) -> list[int]:
+    """The tokens of what follows a prompt; nothing is put in front."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from medcot.environment import VARIABLES
 from medcot.settings import EMBEDDED_MODEL, PROFILES
 
 # No test may reach a hub or wandb, whatever the machine has.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
-for variable in ("WANDB_API_KEY", "MEDCOT_PROFILE", "MEDCOT_MODEL", "MEDCOT_DATASET", "MEDCOT_OUT"):
+os.environ.pop("WANDB_API_KEY", None)
+for variable in VARIABLES.keys() - {"MEDCOT_REAL_ROWS"}:
     os.environ.pop(variable, None)
 
 REPOSITORY = Path(__file__).parent.parent
@@ -22,7 +24,7 @@ def settings(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from medcot.modeling import load_tokenizer
+    from medcot.tokenizer import load_tokenizer
 
     return load_tokenizer(EMBEDDED_MODEL)
 
@@ -32,7 +34,7 @@ def trained(tmp_path_factory):
     """One real training run of 12 steps, shared: settings, model, tokenizer, trainer, the weights before, and the adapter."""
     from types import SimpleNamespace
 
-    from medcot import add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples
+    from medcot import add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples, train
 
     settings = replace(
         PROFILES["smoke"], output_dir=tmp_path_factory.mktemp("trained"), max_steps=12, learning_rate=2e-3, eval_steps=6
@@ -48,7 +50,7 @@ def trained(tmp_path_factory):
         settings,
         to_examples(splits.eval.select(range(4)), tokenizer, settings, show=False),
     )
-    trainer.train()
+    train(trainer, settings)
     save_adapter(model, tokenizer, settings)
     return SimpleNamespace(
         settings=settings, splits=splits, model=model, tokenizer=tokenizer, trainer=trainer, before=before

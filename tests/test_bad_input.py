@@ -24,7 +24,6 @@ from medcot import (
     cli,
     generate_answers,
     kaggle,
-    load_baseline,
     load_model,
     load_splits,
     load_tokenizer,
@@ -177,8 +176,8 @@ def test_a_hostile_data_name(case, tmp_path, monkeypatch, capsys):
 
 ENVIRONMENTS = {
     "unknown profile": ({"MEDCOT_PROFILE": "huge"}, "'huge' is unknown: choose one of"),
-    "no such model": ({"MEDCOT_MODEL": "/nowhere"}, "no tokenizer at /nowhere"),
-    "a model name that climbs": ({"MEDCOT_MODEL": "../../etc"}, "no tokenizer at ../../etc"),
+    "no such model": ({"MEDCOT_MODEL": "/nowhere"}, "no model at /nowhere"),
+    "a model name that climbs": ({"MEDCOT_MODEL": "../../etc"}, "no model at ../../etc"),
     "output in a file": ({"MEDCOT_OUT": "/etc/hostname"}, "set MEDCOT_OUT to one"),
     "output below a file": ({"MEDCOT_OUT": "/etc/hostname/out"}, "set MEDCOT_OUT to one"),
     "output of 5,000 letters": ({"MEDCOT_OUT": "/tmp/" + "x" * 5000}, "File name too long"),
@@ -192,22 +191,22 @@ def test_a_hostile_environment(case, tmp_path, monkeypatch, capsys):
 
 
 SETTINGS = {
-    "text for a number": ({"max_steps": "60"}, "max_steps='60': must be a whole number"),
-    "true for a number": ({"max_steps": True}, "max_steps=True: must be a whole number"),
-    "nothing for a number": ({"temperature": None}, "temperature=None: must be a number"),
-    "words for a number": ({"learning_rate": "fast"}, "learning_rate='fast': must be a number"),
-    "text for true": ({"completion_only_loss": "no"}, "completion_only_loss='no': must be true or false"),
-    "a number for text": ({"model": 7}, "model=7: must be text"),
-    "a number for a path": ({"output_dir": 5}, "output_dir=5: must be a path"),
-    "NaN": ({"learning_rate": float("nan")}, "learning_rate=nan: must be above 0"),
-    "infinity": ({"learning_rate": float("inf")}, "learning_rate=inf: must be above 0"),
-    "NaN weight decay": ({"weight_decay": float("nan")}, "weight_decay=nan: must be 0 or more"),
-    "NaN minutes": ({"session_minutes": float("nan")}, "session_minutes=nan: 0 sets no limit"),
+    "text for a number": ({"max_steps": "60"}, "max_steps='60': must be a valid integer"),
+    "true for a number": ({"max_steps": True}, "max_steps=True: must be a valid integer"),
+    "nothing for a number": ({"weight_decay": None}, "weight_decay=None: must be a valid number"),
+    "words for a number": ({"learning_rate": "fast"}, "learning_rate='fast': must be a valid number"),
+    "text for true": ({"completion_only_loss": "no"}, "completion_only_loss='no': must be a valid boolean"),
+    "a number for text": ({"model": 7}, "model=7: must be a valid string"),
+    "a number for a path": ({"output_dir": 5}, "output_dir=5: input is not a valid path"),
+    "NaN": ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number"),
+    "infinity": ({"learning_rate": float("inf")}, "learning_rate=inf: must be a finite number"),
+    "NaN weight decay": ({"weight_decay": float("nan")}, "weight_decay=nan: must be a finite number"),
+    "NaN minutes": ({"session_minutes": float("nan")}, "session_minutes=nan: must be a finite number"),
     "negative seed": ({"seed": -1}, "seed=-1"),
-    "no save": ({"save_steps": 0}, "save_steps=0: must be a whole number of at least 1"),
-    "empty model": ({"model": " "}, "model is empty"),
-    "no projection": ({"target_modules": []}, "target_modules=()"),
-    "unknown field": ({"max_step": 5}, "holds no settings"),
+    "no save": ({"save_steps": 0}, "save_steps=0: must be greater than or equal to 1"),
+    "empty model": ({"model": " "}, "model=' ': must not be empty: name one"),
+    "no projection": ({"target_modules": []}, "target_modules=[]"),
+    "unknown field": ({"max_step": 5}, "did you mean max_steps?"),
 }
 
 
@@ -390,8 +389,8 @@ def answer(**changes):
 
 ANSWERS = {
     "nonsense for the header": (line(0, lambda text: "nonsense"), "line 1: not a JSON object"),
-    "a number for the header": (line(0, lambda text: "7"), "line 1: differs in everything"),
-    "another header": (line(0, answer(max_new_tokens=7)), r"differs in max_new_tokens"),
+    "a number for the header": (line(0, lambda text: "7"), "line 1: differs in its header"),
+    "another header": (line(0, answer(identity={"adapter": "other"})), "differs in adapter was other and is base"),
     "nonsense for an answer": (line(2, lambda text: "nonsense"), "line 3: not a JSON object"),
     "JSON nested too deep": (line(2, lambda text: "[" * 100_000), "line 3: not a JSON object"),
     "a list for an answer": (line(2, lambda text: "[1]"), "line 3: lacks"),
@@ -399,7 +398,7 @@ ANSWERS = {
     "no completion": (line(2, answer(completion=...)), "line 3: lacks"),
     "a number for the completion": (line(2, answer(completion=7)), "line 3: lacks"),
     "text for the row": (line(2, answer(row="2")), "line 3: lacks row"),
-    "a row that is not there": (line(2, answer(row=99)), "line 3: is about row 99 of 6"),
+    "a row that is not there": (line(2, answer(row=99)), "line 3: is about row 99, which was not asked"),
     "zero bytes": (line(2, lambda text: "\0" * 200), "line 3: not a JSON object"),
 }
 
@@ -414,14 +413,10 @@ def test_hostile_kept_answers(case, trained, tmp_path):
         lines = path.read_text(encoding="utf-8").splitlines()
         path.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
         before = listing(tmp_path)
-        for call in (
-            lambda: load_baseline(settings, evaluation),
-            lambda: generate_answers(trained.model, trained.tokenizer, evaluation, settings),
-        ):
-            with pytest.raises(MedcotError) as error:
-                call()
-            one_error(str(error.value), words)
-            assert "delete the file to start again" in str(error.value)
+        with pytest.raises(MedcotError) as error:
+            generate_answers(trained.model, trained.tokenizer, evaluation, settings)
+        one_error(str(error.value), words)
+        assert "delete the file to start again" in str(error.value)
     assert listing(tmp_path) == before
 
 

@@ -17,8 +17,11 @@ import pytest
 
 from medcot import add_lora, evaluate_on_all_gpus, load_model, load_splits, make_trainer, to_examples, train
 from medcot.inference import run_evaluation
-from medcot.modeling import ADAPTER_FILES, load_tokenizer, weights_id
-from medcot.settings import ADAPTER_FOLDER, MedcotError, run_shown
+from medcot.identity import adapter_id
+from medcot.model import ADAPTER_FILES
+from medcot.tokenizer import load_tokenizer
+from medcot.run.processes import run_shown
+from medcot.settings import ADAPTER_FOLDER, MedcotError
 from medcot.training import last_checkpoint, run_training, train_on_all_gpus
 
 
@@ -106,7 +109,7 @@ def test_the_notebook_finds_the_work_done(pair, capsys):
     train(trainer, two)
     assert "already trained" in capsys.readouterr().out
     saved, _ = load_model(two, adapter=two.adapter_dir)
-    assert weights_id(trainer.model) == weights_id(saved)
+    assert adapter_id(trainer.model) == adapter_id(saved)
 
 
 def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
@@ -178,7 +181,7 @@ def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, t
     )
     saved, _ = load_model(settings, adapter=settings.adapter_dir)
     fresh = add_lora(load_model(settings)[0], settings)
-    assert weights_id(trainer.model) == weights_id(saved) != weights_id(fresh)
+    assert adapter_id(trainer.model) == adapter_id(saved) != adapter_id(fresh)
     assert json.loads(record.read_text())["steps"] == 1
     with pytest.raises(MedcotError, match=r"would take 2 examples a step and the settings say 4"):
         run_training(settings)  # on the command line there is work left, and no notebook to go on with

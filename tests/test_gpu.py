@@ -187,7 +187,7 @@ def test_the_adapter_reloads_with_the_same_greedy_tokens(gpu):
     prompts = tokenizer(
         [format_prompt(q) for q in gpu.splits.eval["Question"][:4]], padding=True, return_tensors="pt"
     ).to("cuda")
-    from medcot.modeling import for_inference
+    from medcot.model import for_inference
 
     def greedy(model):
         output = for_inference(model).generate(

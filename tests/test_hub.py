@@ -28,7 +28,7 @@ try:
         print("RESULT", json.dumps([splits.revision, splits.train["Question"][0], splits.fingerprint]))
     if changes.get("model"):
         from medcot import generate_answers, load_model
-        from medcot.modeling import check_tokenizer
+        from medcot.tokenizer import check_tokenizer
         model, tokenizer = load_model(settings)
         print("LOADED", sum(weight.numel() for weight in model.parameters()))
 except MedcotError as error:

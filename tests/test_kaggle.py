@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from medcot import kaggle
-from medcot.modeling import ADAPTER_FILES
+from medcot.model import ADAPTER_FILES
 from medcot.settings import ADAPTER_FOLDER, EMBEDDED_MODEL, MedcotError
 
 REPOSITORY = Path(__file__).parent.parent

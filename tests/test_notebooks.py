@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from test_tracking import read_offline_run
 
 from medcot import parse_completion
-from medcot.modeling import ADAPTER_FILES
+from medcot.model import ADAPTER_FILES
 from medcot.settings import NOTICE
 
 NAMES = ("01_baseline", "02_finetune", "03_compare")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medcot.preflight import check_machine, preflight
+from medcot.run.preflight import check_machine, preflight
 from medcot.settings import PROFILES, MedcotError
 
 
@@ -68,7 +68,7 @@ def test_a_cpu_is_told_its_profile(settings, capsys):
 def test_an_excluded_version_names_the_pin(monkeypatch, settings):
     from importlib.metadata import version
 
-    monkeypatch.setattr("medcot.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name))
+    monkeypatch.setattr("medcot.run.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name))
     with pytest.raises(MedcotError, match=r"transformers 5\.0\.0 is excluded by unsloth: pip install 'transformers"):
         check_machine(settings)
 
@@ -86,7 +86,7 @@ def test_a_package_that_is_missing_is_named_beside_all_else(monkeypatch, setting
         return found
 
     for name in ("version", "requires"):
-        monkeypatch.setattr(f"medcot.preflight.{name}", unless_missing(getattr(metadata, name)))
+        monkeypatch.setattr(f"medcot.run.preflight.{name}", unless_missing(getattr(metadata, name)))
     with pytest.raises(MedcotError, match=rf"{missing} is not installed: pip install -r .*; model no-one/nothing"):
         check_machine(replace(settings, model="no-one/nothing"))
 
@@ -137,26 +137,23 @@ def test_everything_wrong_is_said_at_once(monkeypatch, gpu_settings):
 
 
 def test_three_real_steps_foretell_the_run_and_leave_nothing(settings, capsys):
-    forecast = preflight(replace(settings, max_steps=40, session_minutes=700))
+    found = preflight(replace(settings, max_steps=40, session_minutes=700))
     printed = capsys.readouterr().out
     assert re.search(r"40 steps take about \d+\.\d minutes of (700|6\d\d) that the session has left", printed)
-    assert 0 < forecast["minutes"] < 5 and forecast["peak_gib"] is None
+    assert 0 < found.minutes < 5 and found.peak_gib is None
     assert "64 training rows" in printed and "would lose their answer" in printed
     assert not list(settings.output_dir.iterdir())
 
 
-def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_out(monkeypatch):
+def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_out():
     from medcot.training import forecast
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    lengths = [100] * 6 + [200] * 4  # five steps of two rows: 200 tokens each in the first three, then 400 each
-    rows = {"input_ids": [[0] * length for length in lengths]}
-    batches = SimpleNamespace(batch_sampler=[[2 * i, 2 * i + 1] for i in range(5)])
-    trainer = SimpleNamespace(train_dataset=rows, get_train_dataloader=lambda: batches)
-    callback = SimpleNamespace(trainer=trainer, step_seconds=[30.0, 2.0, 2.0], memory_before=0, minutes_left=None)
-    args = SimpleNamespace(padding_free=False, gradient_accumulation_steps=1)
-    found = forecast(callback, args, SimpleNamespace(global_step=3, max_steps=5))
-    assert found["minutes"] * 60 == pytest.approx(34 + 2 * 4.0) and found["steps"] == 5
+    epoch = [[200]] * 3 + [[400]] * 2  # five steps of one micro-batch: 200 tokens in the first three, then 400
+    found = forecast(epoch, [30.0, 2.0, 2.0], first=0, steps=5)
+    assert found.minutes * 60 == pytest.approx(34 + 2 * 4.0) and found.steps == 5 and found.peak_gib is None
+    memory = {"memory_before": 6 * 2**30, "memory_peak": 8 * 2**30, "memory": 15 * 2**30}
+    found = forecast(epoch, [30.0, 2.0, 2.0], first=0, steps=5, **memory)
+    assert found.peak_gib == 6 + 2 * 400 / 200  # above what was there before, in proportion to the widest micro-batch
 
 
 def test_a_run_longer_than_a_session_is_refused(settings):
@@ -171,14 +168,13 @@ def test_a_run_shorter_than_the_forecast_takes_is_refused(settings):
         preflight(replace(settings, max_steps=2))
 
 
-def test_a_forecast_beyond_what_there_is_says_so(monkeypatch):
-    from medcot.training import _in_words
+def test_a_forecast_beyond_what_there_is_says_so():
+    from medcot.training import Forecast
 
-    cards(monkeypatch, ("Tesla T4", (7, 5)))
-    words = _in_words({"minutes": 30.0, "peak_gib": 16.0, "minutes_left": 20.0, "steps": 60})
+    words = str(Forecast(steps=60, minutes=30.0, minutes_left=20.0, peak_gib=16.0, gpu_gib=15.0))
     assert "take about 30.0 minutes of 20 that the session has left (too few: training will stop" in words
     assert "16.0 of 15.0 GiB of GPU memory at the widest batch (too little:" in words
-    assert "too" not in _in_words({"minutes": 3.0, "peak_gib": 6.0, "minutes_left": 20.0, "steps": 60})
+    assert "too" not in str(Forecast(steps=60, minutes=3.0, minutes_left=20.0, peak_gib=6.0, gpu_gib=15.0))
 
 
 def test_the_t4x2_profile_keeps_eight_examples_a_step():

@@ -363,11 +363,12 @@ def job_save_twice(loaded, out, die_at):
 
 
 def job_load(loaded, outs):
-    from medcot.modeling import load_model, weights_id
+    from medcot.identity import adapter_id
+    from medcot.model import load_model
 
     for out in outs:
         settings = replace(PROFILES["smoke"], output_dir=out)
-        print("LOADED", weights_id(load_model(settings, adapter=settings.adapter_dir)[0]))
+        print("LOADED", adapter_id(load_model(settings, adapter=settings.adapter_dir)[0]))
 
 
 def test_a_save_killed_at_any_change_of_a_name_leaves_an_adapter_that_loads(do, tmp_path):
@@ -392,7 +393,7 @@ def job_answer(loaded, out):
 
 def answers(out):
     """The lines of the one answers file, without times."""
-    (path,) = (Path(out) / "answers").glob("baseline-*.jsonl")
+    (path,) = (Path(out) / "measured").glob("baseline-*.jsonl")
     return [{k: v for k, v in json.loads(line).items() if k != "batch_seconds"} for line in path.open()]
 
 
@@ -402,12 +403,12 @@ def test_killed_generation_keeps_its_answers_and_goes_on(do, tmp_path):
     out = tmp_path / "out"
 
     def kill(pid):
-        assert until(lambda: any(path.read_bytes().count(b"\n") > 4 for path in out.glob("answers/*.jsonl")))
+        assert until(lambda: any(path.read_bytes().count(b"\n") > 4 for path in out.glob("measured/*.jsonl")))
         os.kill(pid, signal.SIGKILL)
 
     status, output = do("job_answer", kill, out=out)
     assert status == -signal.SIGKILL, output
-    (path,) = (out / "answers").glob("*.jsonl")
+    (path,) = (out / "measured").glob("*.jsonl")
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     with path.open("ab") as file:
@@ -418,8 +419,8 @@ def test_killed_generation_keeps_its_answers_and_goes_on(do, tmp_path):
 
 
 def test_two_processes_that_answer_in_one_folder_are_refused(do, tmp_path):
-    (tmp_path / "out" / "answers").mkdir(parents=True)
-    with filelock.FileLock(tmp_path / "out" / "answers" / ".lock"):
+    (tmp_path / "out" / "measured").mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "out" / "measured" / ".lock"):
         status, output = do("job_answer", out=tmp_path / "out")
     assert status == USER_ERROR and "another process is writing to" in output
     assert not list((tmp_path / "out").rglob("*.jsonl"))
@@ -497,7 +498,7 @@ TELEMETRY = """
 from medcot import load_settings, load_splits
 load_splits(load_settings())
 import os, huggingface_hub.constants as hub
-from medcot.tracking import configure_wandb
+from medcot.run.tracking import configure_wandb
 from medcot.settings import PROFILES
 configure_wandb(PROFILES["smoke"])
 names = "UNSLOTH_DISABLE_STATISTICS DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"

@@ -40,22 +40,43 @@ def test_settings_are_frozen():
         T4.max_steps = 1
 
 
+def test_a_name_that_is_none_is_told_its_neighbour(monkeypatch):
+    with pytest.raises(MedcotError, match=r"max_step is unknown: did you mean max_steps\?"):
+        load_settings(max_step=5)
+    monkeypatch.setenv("MEDCOT_PROFIL", "smoke")
+    with pytest.raises(MedcotError, match=r"variable MEDCOT_PROFIL is unknown: did you mean MEDCOT_PROFILE\?"):
+        load_settings()
+
+
+def test_any_field_can_be_given_to_load_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    settings = load_settings(max_steps=7, output_dir=tmp_path)
+    assert settings == replace(PROFILES["smoke"], max_steps=7, output_dir=tmp_path)
+
+
+def test_the_recipe_shows_every_number_that_decides():
+    recipe = T4.recipe()[""]
+    assert recipe["steps"] == "60 x 8 examples = 480" and recipe["examples a step"] == "2 at once x 4"
+    assert recipe["learning rate"] == "0.0002, linear, 5 steps of warm-up" and recipe["LoRA"].startswith("r 16, alpha 16")
+    assert recipe["primary measure"] == "multiple choice" and len(recipe) == 10
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"max_steps": 0}, ["max_steps=0", "at least 1"]),
-        ({"r": 2.5}, ["r=2.5", "whole number"]),
+        ({"max_steps": 0}, ["max_steps=0", "greater than or equal to 1"]),
+        ({"r": 2.5}, ["r=2.5", "valid integer"]),
         ({"warmup_steps": 60}, ["warmup_steps=60", "max_steps=60", "lower warmup_steps"]),
         ({"answer_rows": 101}, ["answer_rows=101", "eval_rows=100", "raise eval_rows"]),
         ({"eval_loss_rows": 101}, ["eval_loss_rows=101", "eval_rows=100", "raise eval_rows"]),
-        ({"learning_rate": 0.0}, ["learning_rate=0.0", "2e-4"]),
-        ({"lora_dropout": 1.0}, ["lora_dropout=1.0", "[0, 1)"]),
-        ({"temperature": -1.0}, ["temperature=-1.0"]),
-        ({"device": "tpu"}, ["device='tpu'", "cuda, cpu"]),
-        ({"report_to": "tensorboard"}, ["report_to='tensorboard'", "wandb, none"]),
+        ({"learning_rate": 0.0}, ["learning_rate=0.0", "greater than 0"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout=1.0", "less than 1"]),
+        ({"weight_decay": -1.0}, ["weight_decay=-1.0", "greater than or equal to 0"]),
+        ({"device": "tpu"}, ["device='tpu'", "'cuda' or 'cpu'"]),
+        ({"report_to": "tensorboard"}, ["report_to='tensorboard'", "'wandb' or 'none'"]),
         ({"lr_scheduler_type": "lineal"}, ["lr_scheduler_type='lineal'", "cosine"]),
         ({"target_modules": "q_proj"}, ["target_modules='q_proj'", "tuple"]),
-        ({"max_seq_length": 64}, ["max_seq_length=64", "at least 128"]),
+        ({"max_seq_length": 64}, ["max_seq_length=64", "greater than or equal to 128"]),
         ({"device": "cpu", "max_seq_length": 2**18}, ["max_seq_length=262144", "lower one"]),
     ],
 )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from medcot.tracking import configure_wandb, plot_loss
+from medcot.run.tracking import configure_wandb, plot_loss
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,12 @@ import json
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.data import BatchSampler
 
-from medcot import Settings, add_lora, load_model, make_trainer, to_examples
+from medcot import Settings, add_lora, identity, load_model, make_trainer, to_examples, train
 from medcot.prompts import format_prompt
-from medcot.training import EvenSampler
 
 
 def test_the_trainer_is_stock(trained):
@@ -105,10 +100,10 @@ def test_unsloths_gpu_data_path_supervises_the_same_tokens(trained):
 
 
 def test_a_step_is_the_same_whatever_the_micro_batch(trained, tmp_path):
-    # 4 x 1, 2 x 2 and 1 x 4 examples a step, of different lengths: the same losses, or accumulation is wrong. The last
-    # two also arrange the examples of a step; the third step is in the second epoch.
+    # 4 x 1, 2 x 2 and 1 x 4 examples a step, of different lengths: the same losses, or accumulation is wrong. The third
+    # step is in the second epoch.
     losses = []
-    for size, padding_free in ((4, False), (2, False), (1, False), (4, True), (2, True)):
+    for size, padding_free in ((4, False), (2, False), (1, False), (2, True)):
         settings = replace(
             trained.settings, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=3,
             completion_only_loss=True, output_dir=tmp_path, report_to="none", warmup_steps=0, padding_free=padding_free,
@@ -120,41 +115,6 @@ def test_a_step_is_the_same_whatever_the_micro_batch(trained, tmp_path):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert all(other == pytest.approx(losses[0], abs=2e-3) for other in losses[1:])
     assert torch.tensor(losses).std(dim=1).min() > 1e-3  # the steps themselves do differ
-
-
-@given(st.lists(st.integers(1, 2048), max_size=60), st.integers(1, 4), st.integers(1, 4))
-def test_a_step_keeps_its_examples_however_they_are_arranged(lengths, size, batches):
-    step = size * batches
-    drawn, arranged = range(len(lengths)), list(EvenSampler(range(len(lengths)), lengths, step, size))
-    assert len(EvenSampler(range(len(lengths)), lengths, step, size)) == len(arranged) == len(lengths)
-    for first in range(0, len(lengths), step):
-        assert sorted(arranged[first : first + step]) == sorted(drawn[first : first + step])
-    # The heaviest and the lightest micro-batch of a step are not further apart than its longest example.
-    for first in range(0, len(lengths) - step + 1, step):
-        tokens = [sum(lengths[i] for i in arranged[at : at + size]) for at in range(first, first + step, size)]
-        assert max(tokens) - min(tokens) <= max(lengths[first : first + step])
-
-
-def test_two_gpus_get_as_many_tokens(trained):
-    """With lengths as the data set's (log-normal, 0.19), the fuller of two micro-batches: 5 to 6 % over half, then 1."""
-    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
-    from transformers.trainer_pt_utils import BatchRebalanceSampler
-
-    lengths = [int(length) for length in numpy.random.default_rng(0).lognormal(6.593, 0.19, 4000)]
-
-    def excess(batches_of):
-        shares = [[sum(lengths[i] for i in batch) for batch in batches_of(rank)] for rank in range(2)]
-        return numpy.mean(numpy.max(shares, axis=0) / numpy.mean(shares, axis=0)) - 1
-
-    def shared(sampler, rank):
-        sampler.set_epoch(0)
-        return BatchSamplerShard(BatchSampler(sampler, 4, False), 2, rank)
-
-    drawn = SeedableRandomSampler(range(4000), data_seed=3407)
-    assert 0.045 < excess(lambda rank: shared(drawn, rank)) < 0.06
-    assert excess(lambda rank: shared(EvenSampler(drawn, lengths, 8, 4), rank)) < 0.015
-    # Why it is not left to transformers.
-    assert excess(lambda rank: BatchRebalanceSampler(lengths, 8, 2, 1, rank=rank)) > 0.1
 
 
 def test_one_seed_gives_one_run(trained, tmp_path):
@@ -169,13 +129,13 @@ def test_one_seed_gives_one_run(trained, tmp_path):
     assert losses() == losses()
 
 
-def test_every_setting_either_decides_what_a_step_computes_or_is_free_to_change():
-    """A new setting must be put on one side: a checkpoint is refused for the ones listed here and for no other."""
-    from medcot.training import _FREE
-
-    deciding = {
-        "model", "model_revision", "load_in_4bit", "device", "r", "lora_alpha", "lora_dropout", "target_modules",
-        "learning_rate", "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "weight_decay",
-        "completion_only_loss", "seed",
-    }  # fmt: skip
-    assert {field.name for field in fields(Settings)} == deciding | set(_FREE) and not deciding & set(_FREE)
+def test_every_setting_either_decides_or_is_free_to_change():
+    """A new setting must be put on one side: a run is refused for the ones that decide and for no other."""
+    deciding = set(identity.TRAINING) | set(identity.MEASURING)
+    parts_of_their_own = {"model", "model_revision"}  # compared by what they are, not by name
+    by_their_rows = {"dataset", "dataset_config", "dataset_revision", "eval_rows", "answer_rows", "choice_dataset", "choice_dataset_revision",
+                     "choice_rows", "choice_answer_rows", "chat_rows"}  # fmt: skip
+    free = {"profile", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+            "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps", "session_minutes",
+            "report_to", "wandb_project", "output_dir", "earlier_output"}  # fmt: skip
+    assert {field.name for field in fields(Settings)} == (deciding - {"examples_per_step"}) | parts_of_their_own | by_their_rows | free

@@ -73,8 +73,8 @@ def serve():
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # a thread of it could hold a lock at the moment of a fork
-    from medcot.modeling import load_model
-    from medcot.tracking import plot_loss
+    from medcot.model import load_model
+    from medcot.run.tracking import plot_loss
 
     loaded = load_model(PROFILES["smoke"])
     plot_loss([], 1).savefig(io.BytesIO())  # loads what drawing needs now, while there is memory for it

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medcot import load_model, load_tokenizer
-from medcot.modeling import ADAPTER_FILES, check_tokenizer, weights_id
+from medcot.identity import adapter_id
+from medcot.model import ADAPTER_FILES
+from medcot.tokenizer import check_tokenizer
 from medcot.prompts import format_prompt
 from medcot.settings import EMBEDDED_MODEL, MedcotError
 
@@ -80,7 +82,7 @@ def test_stock_peft_in_a_fresh_process_gives_the_same_greedy_answers(trained):
 
 
 def test_a_reloaded_model_is_the_trained_one(trained):
-    from medcot.modeling import for_inference
+    from medcot.model import for_inference
 
     inputs = trained.tokenizer(format_prompt(trained.splits.eval[0]["Question"]), return_tensors="pt")
     reloaded, _ = load_model(trained.settings, adapter=trained.settings.adapter_dir)
@@ -91,9 +93,9 @@ def test_a_reloaded_model_is_the_trained_one(trained):
         found = reloaded(**inputs)
     # The adapters are bit-identical (below); bitsandbytes' 4-bit products differ a little between two loads.
     torch.testing.assert_close(found.logits, expected.logits, atol=8e-3, rtol=0)
-    assert weights_id(reloaded) == weights_id(trained.model) != "base"
+    assert adapter_id(reloaded) == adapter_id(trained.model) != "base"
     with reloaded.disable_adapter():
-        assert weights_id(reloaded) == "base"
+        assert adapter_id(reloaded) == "base"
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_pickled_weights_are_refused(settings, tmp_path):
 
 
 def test_a_model_that_is_not_there_is_one_error(settings):
-    with pytest.raises(MedcotError, match="no tokenizer at /nowhere"):
+    with pytest.raises(MedcotError, match="no model at /nowhere"):
         load_model(replace(settings, model="/nowhere"))
 
 

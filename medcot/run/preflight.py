@@ -2,14 +2,15 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from . import data
-from .modeling import add_lora, load_model
-from .settings import EMBEDDED_MODEL, MedcotError, on_kaggle
-from .training import FORECAST_STEPS, make_trainer
+from ..files import first_existing
+from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
+from ..training import FORECAST_STEPS, Forecast
+from .resume import run_training
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
 DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
@@ -100,7 +101,7 @@ def _disk(settings, wrong, notes):
         needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, 16.0)
     disks = {}  # the cache and the outputs may share one
     for folder, gib in needs.items():
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        there = first_existing(folder)
         place, sofar = disks.get(there.stat().st_dev, (there, 0.0))
         disks[there.stat().st_dev] = place, sofar + gib
     for there, gib in disks.values():
@@ -157,43 +158,28 @@ def _model(settings, wrong, notes):
         )
 
 
-def preflight(settings) -> dict:
+def preflight(settings):
     """Checks the machine, audits the rows, times the first real steps and predicts the whole run; keeps nothing.
 
-    Prints as it goes and returns `training.forecast`. The training run makes the same forecast from its own first steps,
-    and the run card sets it beside what happened. Raises MedcotError if the machine cannot run the settings or the run
-    does not fit what is left of `session_minutes`. Where several processes will train, one is timed: the others, and
+    Prints as it goes and returns the `training.Forecast`. The training run makes the same forecast from its own first
+    steps, and the run card sets it beside what happened. Raises MedcotError if the machine cannot run the settings or the
+    run does not fit what is left of `session_minutes`. Where several processes will train, one is timed: the others, and
     what it costs to keep them in step, are not tried.
     """
-    import tempfile
-
     check_machine(settings)
     if settings.max_steps < FORECAST_STEPS:
         raise MedcotError(
             f"max_steps={settings.max_steps}: a forecast takes {FORECAST_STEPS} steps, raise it or just train"
         )
-    splits = data.load_splits(settings)
     with tempfile.TemporaryDirectory() as folder:
-        settings = replace(settings, output_dir=Path(folder), report_to="none")
-        model, tokenizer = load_model(settings)
-        from transformers import TrainerCallback  # after unsloth, which `load_model` imports
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **_):
-                control.should_training_stop = state.global_step >= FORECAST_STEPS
-
-        print(data.audit(splits, tokenizer, settings))
-        examples = data.to_examples(splits.train, tokenizer, settings, show=False)
-        trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
-        trainer.add_callback(Stop())
-        trainer.train()
-        forecast = next(entry["forecast"] for entry in trainer.state.log_history if "forecast" in entry)
-    left = forecast["minutes_left"]
-    if left is not None and forecast["minutes"] > left:
+        trial = replace(settings, output_dir=Path(folder), earlier_output=None, report_to="none", nproc_per_node=1)
+        trainer = run_training(trial, stop_after=FORECAST_STEPS)
+    found = next(Forecast(**entry["forecast"]) for entry in trainer.state.log_history if "forecast" in entry)
+    if found.minutes_left is not None and found.minutes > found.minutes_left:
         raise MedcotError(
-            f"{forecast['minutes']:.0f} minutes do not fit the {left:.0f} that the session has left: "
+            f"{found.minutes:.0f} minutes do not fit the {found.minutes_left:.0f} that the session has left: "
             f"lower max_steps={settings.max_steps}, or train in several sessions"
         )
     if settings.nproc_per_node > 1:
         print(f"timed with one process; the run will use {settings.nproc_per_node}, which was not tried here")
-    return forecast
+    return found

@@ -1,0 +1,1 @@
+"""How a run survives a session: kept work, checkpoints, callbacks, processes, tracking."""
