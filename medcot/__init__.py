@@ -10,4 +10,5 @@ from .run.resume import train, train_on_all_gpus
 from .settings import PROFILES, MedcotError, Settings, load_settings
 from .tokenizer import load_tokenizer
 from .training import make_trainer
+
 __version__ = "0.1.0"

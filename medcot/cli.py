@@ -7,7 +7,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 from .settings import NOTICE, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")

@@ -55,6 +55,7 @@ def prepare_environment():
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for variable in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ["WANDB_LOG_MODEL"] = "false"  # nothing is uploaded but by a command whose name says so
 
 

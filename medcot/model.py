@@ -78,7 +78,7 @@ def load_model(settings, adapter: Path | None = None):
 
 
 def _locate(settings) -> tuple[str, str | None, bool]:
-    """(folder or hub name, commit, whether only the cache is asked) of the weights that are really loaded.
+    """(folder or hub name, revision, whether only the cache is asked) of the weights that are really loaded.
 
     Unsloth takes its own 4-bit copy for a name that has one, in another repository: that one is pinned and asked about.
     """
@@ -91,12 +91,13 @@ def _locate(settings) -> tuple[str, str | None, bool]:
         return settings.model, None, False
     if folder.is_absolute() or settings.model.startswith("."):
         raise MedcotError(f"no model at {settings.model}: name a model folder or hub name")
-    from unsloth.models.loader_utils import get_model_name
+    name = settings.model
+    if settings.device == "cuda":  # on a CPU unsloth takes every name as it is
+        from unsloth.models.loader_utils import get_model_name
 
-    name = get_model_name(settings.model, load_in_4bit=settings.load_in_4bit)
-    commit = hub_revision("model", name, settings.model_revision)
+        name = get_model_name(name, load_in_4bit=settings.load_in_4bit)
     # Where the hub does not answer, only the cache is asked: each file would wait for it anew.
-    return name, commit or settings.model_revision, commit is None
+    return name, settings.model_revision, hub_revision("model", name, settings.model_revision) is None
 
 
 def free_decoding_memory(model):

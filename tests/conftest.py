@@ -55,3 +55,13 @@ def trained(tmp_path_factory):
     return SimpleNamespace(
         settings=settings, splits=splits, model=model, tokenizer=tokenizer, trainer=trainer, before=before
     )
+
+
+RUN = {"save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
+
+
+def job(settings, stop_after=None):
+    """02_finetune in short, in this process; with `stop_after` it is interrupted after so many steps. Returns the trainer."""
+    from medcot.run.resume import run_training
+
+    return run_training(settings, stop_after)

@@ -23,12 +23,10 @@ from medcot import (
     add_lora,
     cli,
     generate_answers,
-    kaggle,
     load_model,
     load_splits,
     load_tokenizer,
     make_trainer,
-    write_run_card,
 )
 from medcot.prompts import format_prompt, parse_completion
 from medcot.settings import EMBEDDED_MODEL, PROFILES, MedcotError
@@ -461,6 +459,8 @@ def test_hostile_kaggle_metadata(case, tmp_path):
     (root / "kaggle-metadata.json").write_bytes(change((REPOSITORY / "kaggle-metadata.json").read_bytes()))
     before = listing(tmp_path)
     with pytest.raises(MedcotError) as error:
+        from medcot import kaggle
+
         kaggle.stage(root, "anna")
     assert words in str(error.value) and "Traceback" not in str(error.value)
     assert listing(tmp_path) == before
@@ -477,6 +477,8 @@ def test_an_unknown_optimizer_and_unknown_modules_are_one_error(trained):
 
 
 def test_a_training_record_that_is_none_is_one_error(tmp_path, settings):
+    from medcot import write_run_card
+
     (tmp_path / "training.json").write_text("{")
     with pytest.raises(MedcotError) as error:
         write_run_card(None, settings, None)

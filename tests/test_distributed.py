@@ -15,14 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from medcot import add_lora, evaluate_on_all_gpus, load_model, load_splits, make_trainer, to_examples, train
-from medcot.inference import run_evaluation
+from medcot import add_lora, evaluate_on_all_gpus, load_model, load_splits, make_trainer, to_examples, train, train_on_all_gpus
+from medcot.evaluation.measure import run_evaluation
 from medcot.identity import adapter_id
 from medcot.model import ADAPTER_FILES
 from medcot.tokenizer import load_tokenizer
 from medcot.run.processes import run_shown
 from medcot.settings import ADAPTER_FOLDER, MedcotError
-from medcot.training import last_checkpoint, run_training, train_on_all_gpus
+from medcot.run.checkpoints import last_checkpoint
+from medcot.run.resume import run_training
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +70,7 @@ def pair(trained, drawn, tmp_path_factory):
         output_dir=tmp_path_factory.mktemp("two"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medcot.training.LossChart.draw", lambda self, history, save=False: drawn.append(len(history)))
+        patch.setattr("medcot.run.tracking.LossChart.draw", lambda self, history, save=False: drawn.append(len(history)))
         train_on_all_gpus(two)
     run_training(one)
     return one, two
@@ -123,7 +124,7 @@ def interrupted(settings, times):
     settings.output_dir.mkdir(exist_ok=True)
     file = settings.output_dir / "start.json"
     file.write_text(json.dumps(asdict(settings), default=str))
-    code = "import sys; from medcot.settings import read_settings; from medcot.training import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
+    code = "import sys; from medcot.settings import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
     log = settings.output_dir / "start.log"
 
     def said(words):
@@ -159,7 +160,8 @@ def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp
     step = int(checkpoint.name[11:])
     assert not alive and said.count("stopping after this step, with a checkpoint") == 1
     assert f"stopped at step {step} of 4000 (interrupted)" in said
-    assert last_checkpoint(settings, to_examples_of(settings)) == checkpoint  # whole, and of this run
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert last_checkpoint(settings, record["identity"]) == checkpoint  # whole, and of this run
     assert (tmp_path / ADAPTER_FOLDER / "adapter_model.safetensors").is_file()
 
 
@@ -191,10 +193,6 @@ def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):
     settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
     alive, _ = interrupted(settings, 2)
     assert not alive
-
-
-def to_examples_of(settings):
-    return to_examples(load_splits(settings).train, load_tokenizer(settings.model), settings, show=False)
 
 
 def killed_in(run, settings, ready):
@@ -271,27 +269,31 @@ def test_processes_whose_work_is_done_close_their_group(left_open, pair):
         assert {still for said, still in ends if said.endswith(of_pair)} == {"0"}
 
 
+def two_processes(tmp_path, code, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*launch, script, *arguments], check=False, capture_output=True, text=True)
+
+
 def test_each_process_takes_half_of_the_batches(tmp_path):
     code = """
-import json, os, sys, torch
+import json, sys, torch
 from pathlib import Path
-from medcot.inference import _process, _work
+from medcot.run.kept import Kept, process
 torch.distributed.init_process_group("gloo")
-rank, processes = _process()
-done = {}
-_work(lambda batch: [{"row": i, "rank": rank} for i in batch], [[0, 1], [2], [3], [4, 5], [6]], Path(sys.argv[1]), {}, done, 7, "row", "rows")
+rank, _ = process()
+file = Kept(Path(sys.argv[1]), {"measured": "baseline, rows"}, {"row": int}, frozenset(range(7)))
+done = file.fill([[0, 1], [2], [3], [4, 5], [6]], lambda batch: [{"row": i, "rank": rank} for i in batch], "row")
 Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps([done[i]["rank"] for i in range(7)]))
 torch.distributed.destroy_process_group()
 """
     file = tmp_path / "rows.jsonl"
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*launch, script, file], check=False, capture_output=True, text=True)
+    run = two_processes(tmp_path, code, file)
     assert run.returncode == 0, run.stderr
-    assert [json.loads(line) for line in file.open()] == [
-        {}, *({"row": i, "rank": rank} for i, rank in enumerate([0, 0, 1, 0, 1, 1, 0]))
-    ]  # fmt: skip
+    assert [json.loads(line) for line in file.open()][1:] == [
+        {"row": i, "rank": rank} for i, rank in enumerate([0, 0, 1, 0, 1, 1, 0])
+    ]
     for rank in range(2):  # both know all of it
         assert json.loads(Path(f"{file}.{rank}").read_text()) == [0, 0, 1, 0, 1, 1, 0]
 
@@ -301,10 +303,10 @@ def test_a_process_that_dies_while_answering_leaves_what_was_finished(alone, tmp
     shutil.copytree(alone.adapter_dir, tmp_path / ADAPTER_FOLDER)
 
     def answering(_):
-        return any(path.read_bytes().count(b"\n") > 2 for path in tmp_path.glob("answers/baseline-*.jsonl"))
+        return any(path.read_bytes().count(b"\n") > 2 for path in tmp_path.glob("measured/baseline-answers-*.jsonl"))
 
     assert "medcot evaluate on 2 GPUs failed with status 1" in killed_in(evaluate_on_all_gpus, settings, answering)
-    (path,) = tmp_path.glob("answers/baseline-*.jsonl")
+    (path,) = tmp_path.glob("measured/baseline-answers-*.jsonl")
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     run_evaluation(settings)
@@ -320,18 +322,20 @@ def test_what_stopped_a_process_is_what_the_error_says(pair, tmp_path):
 
 
 def test_processes_that_see_different_files_stop(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("""
-import os, torch
+    code = """
+import sys, torch
 from pathlib import Path
-from medcot.inference import _agree
+from medcot.run.kept import Kept, process
 torch.distributed.init_process_group("gloo")
-_agree(Path("answers/a.jsonl"), [[0, 1]])
-_agree(Path("answers/a.jsonl"), [[0, 1]] if torch.distributed.get_rank() else [])
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*launch, script], capture_output=True, text=True, check=False)
-    assert run.returncode == 1 and "the processes see different files at answers: MEDCOT_OUT must be" in run.stderr
+rank, _ = process()
+file = Kept(Path(f"{sys.argv[1]}-{rank}") / "a.jsonl", {"measured": "baseline, rows"}, {"row": int}, frozenset(range(2)))
+if rank:
+    file.path.parent.mkdir()
+    file._append([{"row": 0}, {"row": 1}])
+file.fill([[0, 1]], lambda batch: [{"row": i} for i in batch], "row")
+"""
+    run = two_processes(tmp_path, code, tmp_path / "out")
+    assert run.returncode == 1 and "the processes see different files at" in run.stderr and "MEDCOT_OUT must be" in run.stderr
 
 
 def test_what_a_process_prints_is_shown_when_it_is_printed(capfd):
@@ -345,14 +349,6 @@ def test_what_a_process_prints_is_shown_when_it_is_printed(capfd):
     assert run_shown(command, read) == (0, "\r 0%| [00:00<?]\r50%| [00:02]\nEND")
     assert [line for line, _ in shown] == ["\r", " 0%| [00:00<?]", "\r", "50%| [00:02]\n", "end"]
     assert shown[2][1] - shown[1][1] > 1  # the bar was shown before its next state was written
-
-
-def test_one_process_starts_nothing(trained, capsys):
-    train_on_all_gpus(trained.settings)
-    evaluate_on_all_gpus(trained.settings)
-    shown = capsys.readouterr().out
-    assert shown == "training runs in this notebook, below\nthe evaluation runs in this notebook, below\n"
-    assert not Path(trained.settings.output_dir / "settings.json").exists()
 
 
 def test_one_process_does_not_go_on_with_half_the_examples_of_two(trained, tmp_path):

@@ -61,7 +61,6 @@ def job_train(loaded, out, fault=None, adapter=False, **changes):
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
     if fault:
         globals()[f"fault_{fault}"](trainer)
-    (settings.output_dir / "examples.json").write_text(json.dumps(trainer.train_dataset["input_ids"][:]))
     train(trainer, settings)
     if adapter:
         save_adapter(trainer.model, tokenizer, settings)
@@ -162,7 +161,7 @@ def test_a_finished_run_is_taken_over_and_its_adapter_is_the_same(do, whole, tmp
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 @pytest.mark.parametrize("fault", ["cut off", "one bit", "gone", "no seal", "half a seal"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys, name, fault):
-    from medcot.training import last_checkpoint
+    from medcot.run.checkpoints import last_checkpoint
 
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     older, newest = checkpoints(out)
@@ -178,8 +177,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_pat
     else:
         file.write_bytes(content if fault == "one bit" else content[:-20])
     settings = replace(PROFILES["smoke"], output_dir=out, **RUN)
-    examples = {"input_ids": json.loads((whole / "examples.json").read_text())}
-    assert last_checkpoint(settings, examples) == older
+    assert last_checkpoint(settings, record(whole)["identity"]) == older
     assert f"{newest} " in capsys.readouterr().out and not newest.exists()
 
 
@@ -498,9 +496,6 @@ TELEMETRY = """
 from medcot import load_settings, load_splits
 load_splits(load_settings())
 import os, huggingface_hub.constants as hub
-from medcot.run.tracking import configure_wandb
-from medcot.settings import PROFILES
-configure_wandb(PROFILES["smoke"])
 names = "UNSLOTH_DISABLE_STATISTICS DO_NOT_TRACK WANDB_ERROR_REPORTING WANDB_LOG_MODEL"
 print(hub.HF_HUB_DISABLE_TELEMETRY, *(os.environ[name] for name in names.split()))
 """

@@ -23,7 +23,7 @@ def wandb_run(settings):
         return
     import wandb
 
-    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    os.environ["WANDB_SILENT"] = "true"
     mode, why = _wandb_mode()
     start = {
         "project": settings.wandb_project, "name": settings.profile, "dir": str(settings.output_dir),
