@@ -44,12 +44,13 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
 
 def _arguments(settings, held_out):
     """`settings` as a `trl.SFTConfig`."""
+    import torch
     from transformers.training_args import OptimizerNames
     from trl import SFTConfig
 
     if settings.optim not in list(OptimizerNames):
         raise MedcotError(f"optim={settings.optim!r} is unknown: adamw_8bit is usual, adamw_torch takes more memory")
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(settings.output_dir / "checkpoints"),
         max_length=settings.max_seq_length,
         completion_only_loss=True,  # the mask rules: to_examples set it to all ones where the whole text is supervised
@@ -82,6 +83,10 @@ def _arguments(settings, held_out):
         report_to=settings.report_to,
         disable_tqdm=True,  # a bar as text instead, which also a batch log and a terminal show
     )
+    if settings.device == "cpu":
+        # accelerate numbers the CPUs of several processes ("cpu:0"), which torch.load does not know where it resumes.
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
+    return arguments
 
 
 @dataclass(frozen=True)

@@ -189,3 +189,20 @@ def test_an_example_is_shown_with_its_supervised_tokens_coloured(settings, token
     shown = capsys.readouterr().out
     assert f"\033[32mBecause 0.\n</think>\nSo 0.{tokenizer.eos_token}\033[0m" in shown
     assert "\033[90m" + tokenizer.bos_token in shown
+
+
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "rows*.jsonl", "rows?.jsonl", "rows{a,b}.jsonl"])
+def test_a_name_with_glob_characters_is_that_file_and_no_other(settings, tmp_path, name):
+    for file, word in (("rows1.jsonl", "other"), ("rowsb.jsonl", "other"), (name, "this")):
+        made = rows(90, _0={"Question": f"Which file? {word}"})
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in made))
+    found = load_splits(replace(settings, dataset=str(tmp_path / name)))
+    assert found.train[0]["Question"] == "Which file? this"
+
+
+def test_words_that_pandas_takes_for_nothing_are_text(settings, tmp_path):
+    words = ["NA", "N/A", "null", "None", "nan", "NaN"]
+    lines = ["Question,Complex_CoT,Response", *(f"Why {i}?,Because,{words[i % len(words)]}" for i in range(90))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    found = load_splits(replace(settings, dataset=str(tmp_path / "rows.csv")))
+    assert found.train["Response"][:6] == words and not any(found.dropped.values())

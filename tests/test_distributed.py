@@ -189,6 +189,16 @@ def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, t
         run_training(settings)  # on the command line there is work left, and no notebook to go on with
 
 
+def test_two_processes_go_on_where_two_stopped(pair, tmp_path):
+    settings = replace(pair[1], output_dir=tmp_path, session_minutes=0.01)
+    train_on_all_gpus(settings)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 1
+    train_on_all_gpus(replace(settings, session_minutes=0))
+    assert losses(settings) == losses(pair[1])
+    weights = "DeepSeek-R1-Medical-COT/adapter_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (pair[1].output_dir / weights).read_bytes()
+
+
 def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):
     settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
     alive, _ = interrupted(settings, 2)

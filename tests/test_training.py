@@ -1,6 +1,7 @@
 """The trainer: stock TRL, exactly the masked tokens, the same step whatever the micro-batch."""
 
 import json
+import shutil
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from medcot import Settings, add_lora, identity, load_model, make_trainer, to_examples, train
+from medcot import Settings, add_lora, identity, load_model, load_splits, make_trainer, to_examples, train
+from medcot.identity import adapter_id
 from medcot.prompts import format_prompt
 
 
@@ -127,6 +129,61 @@ def test_one_seed_gives_one_run(trained, tmp_path):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses() == losses()
+
+
+def fresh_run(settings, **changes):
+    """A trainer for a short run, in this process."""
+    settings = replace(settings, **{"max_steps": 4, "warmup_steps": 0, "report_to": "none", "save_steps": 2} | changes)
+    model, tokenizer = load_model(settings)
+    rows = load_splits(settings)
+    held_out = to_examples(rows.eval.select(range(2)), tokenizer, settings, show=False)
+    examples = to_examples(rows.train, tokenizer, settings, show=False)
+    return make_trainer(add_lora(model, settings), tokenizer, examples, settings, held_out), settings
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("how", ["checkpoints deleted", "interrupted twice before the first checkpoint"])
+def test_training_anew_in_the_same_kernel_starts_from_fresh_adapters(settings, how):
+    from transformers import TrainerCallback  # after unsloth
+
+    trainer, settings = fresh_run(settings)
+    if how == "checkpoints deleted":
+        train(trainer, settings)
+        shutil.rmtree(settings.output_dir / "checkpoints")
+    else:
+
+        class Impatience(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == 1:
+                    raise KeyboardInterrupt
+
+        trainer.add_callback(Impatience())
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer, settings)
+        trainer.remove_callback(Impatience)
+        assert not list(settings.output_dir.glob("checkpoints/checkpoint-*"))
+    train(trainer, settings)
+    other, settings = fresh_run(replace(settings, output_dir=settings.output_dir / "other"))
+    train(other, settings)
+    assert losses_of(trainer) == losses_of(other) and len(losses_of(other)) == 4
+    assert adapter_id(trainer.model) == adapter_id(other.model)
+
+
+def test_after_a_resumption_the_settings_of_today_say_when_to_save_and_to_log(settings):
+    from medcot.run.callbacks import StopAfter
+
+    trainer, first = fresh_run(settings, save_steps=1, logging_steps=1, eval_steps=1)
+    trainer.add_callback(StopAfter(2))
+    train(trainer, first)
+    trainer, now = fresh_run(settings, max_steps=4, save_steps=4, logging_steps=4, eval_steps=4)
+    train(trainer, now)
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 4]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2, 4]
+    assert {path.name for path in settings.output_dir.glob("checkpoints/checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_every_setting_either_decides_or_is_free_to_change():

@@ -76,6 +76,7 @@ def _train(trainer, settings, checkpoint: Path | None, guard, record):
     while True:
         if checkpoint is None:
             fresh_adapters(trainer.model, settings.seed)
+            trainer.optimizer = trainer.lr_scheduler = None  # an earlier run in this process has left its moments
         else:
             print(f"going on from {checkpoint}")
         try:
