@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv# not from the environment: `make clean` deletes it
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint lock clean
@@ -19,7 +19,7 @@ test: $(VENV)/ready
 # than some registries carry, and torchvision, xformers and diffusers, none of which is needed here.
 $(VENV)/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --progress-bar on torch==2.13.0
 	$(BIN)/pip install --progress-bar on --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
@@ -31,5 +31,6 @@ lock:
 	  --no-emit-package torch -o requirements.lock
 	sed -i -E '/^(nvidia-|cuda-|triton|#)|sys_platform == .never./d' requirements.lock
 
+# Leaves outputs/ alone: results are not ours to delete.
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -1,37 +1,37 @@
-"""The command line: `medcot demo` runs the three notebooks, `medcot audit` looks at the rows."""
+"""The command line: what the notebooks do, without a notebook. What its user can mend is one line on standard error."""
 
 import argparse
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from .settings import NOTICE, MedcotError, load_settings, read_settings
+from . import __version__
+from .settings import NOTICE, PROFILES, VARIABLES, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
+_SHORT = {"--data": "--dataset", "--out": "--output-dir"}
+_EXAMPLES = f"""examples:
+  medcot demo                                            the three notebooks on this machine
+  medcot train --max-steps 100 --data rows.csv --out runs/a
+  medcot ask "A man of 61 has chest pain. What next?" --both
+
+Every setting is a flag of audit, preflight, train and evaluate: medcot train --help lists them. Environment:
+{chr(10).join(f"  {name:<19}{words}" for name, words in VARIABLES.items() if "in tests" not in words)}
+
+{NOTICE}"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status; what its user can mend is one line on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="medcot", description="Fine-tune a reasoning model on medical chains of thought."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("demo", help="run the three notebooks in order and print the comparison").set_defaults(run=demo)
-    commands.add_parser("audit", help="look at the training rows before any GPU time is spent").set_defaults(run=audit)
-    commands.add_parser("preflight", help="check this machine, time three steps, predict the run").set_defaults(
-        run=preflight
-    )
-    train = commands.add_parser("train", help="what 02_finetune does; under torchrun on many GPUs")
-    train.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
-    train.set_defaults(run=finetune)
-    evaluation = commands.add_parser("evaluate", help="what 03_compare measures; under torchrun on many GPUs")
-    evaluation.add_argument("--settings", type=Path, help="a settings.json, instead of the environment")
-    evaluation.set_defaults(run=evaluate)
-    # kaggle
-    options = parser.parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if getattr(options, "profile", None):
+        os.environ["MEDCOT_PROFILE"] = options.profile
     try:
+        if getattr(options, "takes_settings", False):
+            options.changes = _changes(options.command, [_SHORT.get(word, word) for word in rest])
+        elif rest:
+            raise MedcotError(f"{' '.join(rest)} is unknown: see medcot {options.command} --help")
         options.run(options)
     except MedcotError as error:
         print(f"medcot {options.command}: {error}", file=sys.stderr)
@@ -39,49 +39,91 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def audit(_):
+def _parser():
+    from . import ask, export, kaggle
+
+    parser = argparse.ArgumentParser(
+        prog="medcot", description="Fine-tune a reasoning model on medical chains of thought, and measure what that did.",
+        epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"medcot {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for run, words in (
+        (demo, "run the three notebooks in order and print the comparison"),
+        (audit, "look at the training rows before any GPU time is spent: medcot audit [ROWS]"),
+        (preflight, "check this machine, time three steps, predict the run"),
+        (train, "what 02_finetune does; under torchrun on many GPUs"),
+        (evaluate, "what 03_compare measures; under torchrun on many GPUs"),
+    ):
+        # The help of those that take settings is that of the settings, which `_changes` shows.
+        command = commands.add_parser(run.__name__, help=words, description=words, add_help=run is demo)
+        command.add_argument("--profile", help="profile to start from, as MEDCOT_PROFILE")
+        command.set_defaults(run=run, takes_settings=run is not demo)
+        if run is audit:
+            command.add_argument("rows", nargs="?", help="a file of rows, in place of --data")
+        if run in (train, evaluate):
+            command.add_argument("--settings", type=Path, help="a settings.json, in place of environment and flags")
+    for room in (ask, export, kaggle):
+        room.add_commands(commands)
+    return parser
+
+
+def _changes(command: str, flags: list[str]) -> dict:
+    """The settings that flags change, by field; a flag that is none is told its neighbour (tyro)."""
+    if not flags:
+        return {}
+    import tyro
+
+    from .settings import Settings
+
+    default = PROFILES.get(os.environ.get("MEDCOT_PROFILE"), PROFILES["tiny"])
+    found = tyro.cli(Settings, default=default, args=flags, prog=f"medcot {command}", description=NOTICE)
+    return {name: value for name, value in vars(found).items() if value != getattr(default, name, value)}
+
+
+def _settings(options):
+    settings = load_settings(**options.changes) if options.settings is None else read_settings(options.settings)
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the first process speaks for all
+    return settings
+
+
+def audit(options):
     """Prints the audit of the training rows; writes nothing."""
     from .data import load_splits
-    from .run.audit import audit
+    from .run import audit as room
     from .tokenizer import load_tokenizer
 
-    settings = load_settings()
+    settings = load_settings(**options.changes | ({"dataset": options.rows} if options.rows else {}))
     splits = load_splits(settings)
-    print(audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
+    print(room.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
 
 
-def preflight(_):
+def preflight(options):
     """Checks, audit, three timed steps and a forecast; keeps nothing."""
     from .run.preflight import preflight
 
-    preflight(load_settings())
+    preflight(load_settings(**options.changes))
 
 
-def finetune(options):
+def train(options):
     """Trains and saves the adapter, in one process or as one of those that torchrun started."""
     from .run.resume import run_training
 
-    run_training(_settings_of_a_process(options))
+    run_training(_settings(options))
 
 
 def evaluate(options):
     """Measures base and fine-tuned model, in one process or as one of those that torchrun started."""
     from .evaluation.measure import run_evaluation
 
-    run_evaluation(_settings_of_a_process(options))
+    run_evaluation(_settings(options))
 
 
-def _settings_of_a_process(options):
-    settings = load_settings() if options.settings is None else read_settings(options.settings)
-    if int(os.environ.get("RANK", "0")):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the first process speaks for all
-    return settings
-
-
-def demo(_):
+def demo(options):
     """Executes the notebooks in order, showing their output as it comes, and keeps them with their outputs."""
-    import nbformat
-    from nbclient.exceptions import CellExecutionError
+    import papermill
+    from nbclient.exceptions import DeadKernelError
 
     settings = load_settings()
     source = Path(__file__).parent.parent / "notebooks"
@@ -92,49 +134,30 @@ def demo(_):
     started = time.monotonic()
     for name in NOTEBOOKS:
         print(f"\n=== {name} ===", flush=True)
-        notebook = nbformat.read(source / f"{name}.ipynb", as_version=4)
         os.environ["WANDB_NOTEBOOK_NAME"] = f"{name}.ipynb"
         try:
-            with tempfile.TemporaryDirectory() as sockets:
-                _client(notebook, sockets).execute()
-        except CellExecutionError as error:
+            papermill.execute_notebook(
+                source / f"{name}.ipynb", folder / f"{name}.ipynb", kernel_name="python3", cwd=os.getcwd(),
+                progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stdout,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
             raise MedcotError(f"{name}.ipynb stopped: {error.ename}: {error.evalue}") from error
-        finally:
-            nbformat.write(notebook, folder / f"{name}.ipynb")
-    print(f"\n=== done in {(time.monotonic() - started) / 60:.1f} minutes ===")
+        except DeadKernelError as error:
+            raise MedcotError(
+                f"{name}.ipynb stopped: its kernel died, perhaps for lack of memory: run the command again, it goes on"
+            ) from error
+    _conclude(settings, folder, (time.monotonic() - started) / 60)
+
+
+def _conclude(settings, notebooks: Path, minutes: float):
+    """The comparison in short, and where everything is."""
+    card = settings.output_dir / "RUN.md"
+    print(f"\n=== done in {minutes:.1f} minutes ===")
     for what, path in (
-        ("notebooks with their outputs", folder),
+        ("notebooks with their outputs", notebooks),
         ("figures", settings.output_dir / "figures"),
         ("adapter", settings.adapter_dir),
-        ("run card", settings.output_dir / "RUN.md"),
+        ("run card", card),
     ):
         print(f"{what:<30}{path}")
     print(NOTICE)
-
-
-def _client(notebook, sockets):
-    from jupyter_client import AsyncKernelManager
-    from nbclient import NotebookClient
-
-    class Client(NotebookClient):
-        """Prints what cells print while they print it, so that progress bars move in the terminal too."""
-
-        def output(self, outs, msg, display_id, cell_index):
-            content = msg["content"]
-            if msg["msg_type"] == "stream":
-                print(content["text"], end="", flush=True)
-            elif msg["msg_type"] == "execute_result":
-                data = content["data"]
-                print(data.get("text/markdown") or data.get("text/plain", ""), flush=True)
-            return super().output(outs, msg, display_id, cell_index)
-
-    # The kernel works where the command was called, so that relative paths in MEDCOT_DATASET mean the same in both.
-    # Messages travel over files, not over TCP ports; in a folder of their own, with a name short enough for a socket.
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
-    return Client(
-        notebook, km=manager, timeout=None, coalesce_streams=True, resources={"metadata": {"path": os.getcwd()}}
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
