@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser():
-    from . import ask, export, kaggle
+    from . import chat, export, kaggle
 
     parser = argparse.ArgumentParser(
         prog="medcot", description="Fine-tune a reasoning model on medical chains of thought, and measure what that did.",
@@ -63,7 +63,7 @@ def _parser():
             command.add_argument("rows", nargs="?", help="a file of rows, in place of --data")
         if run in (train, evaluate):
             command.add_argument("--settings", type=Path, help="a settings.json, in place of environment and flags")
-    for room in (ask, export, kaggle):
+    for room in (chat, export, kaggle):
         room.add_commands(commands)
     return parser
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tarfile import is_tarfile
 
 from . import identity
+from .choices import accepted_answers, carries_choices, read_choices
 from .hub import hub_revision, patiently
 from .prompts import encode_completion, encode_prompt, format_completion
 from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
@@ -70,6 +71,9 @@ def load_splits(settings) -> Splits:
         rows, revision = _read_rows(settings)
         splits = _split(rows, revision, settings)
     identity.check(settings, rows=fingerprint(splits.train))
+    for i, row in enumerate(splits.eval):  # what cannot be graded is said now, not after the evaluation
+        place = f"{settings.dataset}, evaluation row {i}"
+        read_choices(row, place) if carries_choices(row) else accepted_answers(row, place)
     print(splits)
     return splits
 

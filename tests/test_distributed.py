@@ -15,15 +15,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from medcot import add_lora, evaluate_on_all_gpus, load_model, load_splits, make_trainer, to_examples, train, train_on_all_gpus
+from medcot import (
+    add_lora,
+    evaluate_on_all_gpus,
+    load_model,
+    load_splits,
+    make_trainer,
+    to_examples,
+    train,
+    train_on_all_gpus,
+)
 from medcot.evaluation.measure import run_evaluation
 from medcot.identity import adapter_id
 from medcot.model import ADAPTER_FILES
-from medcot.tokenizer import load_tokenizer
-from medcot.run.processes import run_shown
-from medcot.settings import ADAPTER_FOLDER, MedcotError
 from medcot.run.checkpoints import last_checkpoint
+from medcot.run.processes import run_shown
 from medcot.run.resume import run_training
+from medcot.settings import ADAPTER_FOLDER, MedcotError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +78,9 @@ def pair(trained, drawn, tmp_path_factory):
         output_dir=tmp_path_factory.mktemp("two"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medcot.run.tracking.LossChart.draw", lambda self, history, save=False: drawn.append(len(history)))
+        patch.setattr(
+            "medcot.run.tracking.LossChart.draw", lambda self, history, save=False: drawn.append(len(history))
+        )
         train_on_all_gpus(two)
     run_training(one)
     return one, two
@@ -345,7 +355,11 @@ if rank:
 file.fill([[0, 1]], lambda batch: [{"row": i} for i in batch], "row")
 """
     run = two_processes(tmp_path, code, tmp_path / "out")
-    assert run.returncode == 1 and "the processes see different files at" in run.stderr and "MEDCOT_OUT must be" in run.stderr
+    assert (
+        run.returncode == 1
+        and "the processes see different files at" in run.stderr
+        and "MEDCOT_OUT must be" in run.stderr
+    )
 
 
 def test_what_a_process_prints_is_shown_when_it_is_printed(capfd):

@@ -204,7 +204,8 @@ def test_nothing_here_is_bfloat16(gpu):
 
 
 def test_options_scored_together_have_the_likelihood_they_have_alone(gpu):
-    from medcot.inference import list_options, score_choices
+    from medcot.evaluation.likelihood import score_choices
+    from medcot.prompts import list_options
     from medcot.prompts import format_completion
 
     model, tokenizer = load_model(gpu.settings)

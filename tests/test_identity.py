@@ -89,20 +89,28 @@ def test_a_checkpoint_does_not_go_on_over_replaced_weights(settings, model_folde
     settings = replace(settings, model=str(model_folder), **RUN)
     job(replace(settings, max_steps=20), stop_after=2)
     nudge(model_folder)
-    with pytest.raises(MedcotError, match=r"checkpoint.json|training.json.* is of another run: base model was contents"):
+    with pytest.raises(
+        MedcotError, match=r"checkpoint.json|training.json.* is of another run: base model was contents"
+    ):
         job(replace(settings, max_steps=20))
 
 
 def test_a_model_is_known_by_what_it_is_and_not_by_its_path(settings, model_folder, tmp_path):
     moved = Path(shutil.copytree(model_folder, tmp_path / "elsewhere"))
-    assert identity.base_id(replace(settings, model=str(model_folder))) == identity.base_id(replace(settings, model=str(moved)))
+    assert identity.base_id(replace(settings, model=str(model_folder))) == identity.base_id(
+        replace(settings, model=str(moved))
+    )
     job(replace(settings, model=str(model_folder), max_steps=4, **RUN), stop_after=2)
     trainer = job(replace(settings, model=str(moved), max_steps=4, **RUN))
-    assert trainer.state.global_step == 4 and any("continued from step" in e.get("note", "") for e in trainer.state.log_history)
+    assert trainer.state.global_step == 4 and any(
+        "continued from step" in e.get("note", "") for e in trainer.state.log_history
+    )
 
 
 def test_a_moved_hub_commit_is_another_run(settings):
-    models = [SimpleNamespace(config=SimpleNamespace(_name_or_path="house/model-bnb-4bit", _commit_hash=c)) for c in "ab"]
+    models = [
+        SimpleNamespace(config=SimpleNamespace(_name_or_path="house/model-bnb-4bit", _commit_hash=c)) for c in "ab"
+    ]
     names = [identity.base_id(replace(settings, model="house/model"), model) for model in models]
     assert names == ["house/model-bnb-4bit@a", "house/model-bnb-4bit@b"]
     assert identity.base_id(replace(settings, model="house/model")) is None  # not known before it is loaded
@@ -138,7 +146,9 @@ def test_an_adapter_that_does_not_say_its_base_is_taken_with_a_word(run, capsys)
     assert "does not say on which weights it was trained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "more", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"bias": "all"}]
+)
 def test_more_than_plain_lora_is_refused(run, more):
     config = run.adapter_dir / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | more))

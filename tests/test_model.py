@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from medcot import load_model, load_tokenizer
 from medcot.identity import adapter_id
 from medcot.model import ADAPTER_FILES
-from medcot.tokenizer import check_tokenizer
 from medcot.prompts import format_prompt
 from medcot.settings import EMBEDDED_MODEL, MedcotError
+from medcot.tokenizer import check_tokenizer
 
 
 def test_only_the_adapters_moved(trained):

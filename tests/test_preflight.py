@@ -68,7 +68,9 @@ def test_a_cpu_is_told_its_profile(settings, capsys):
 def test_an_excluded_version_names_the_pin(monkeypatch, settings):
     from importlib.metadata import version
 
-    monkeypatch.setattr("medcot.run.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name))
+    monkeypatch.setattr(
+        "medcot.run.preflight.version", lambda name: "5.0.0" if name == "transformers" else version(name)
+    )
     with pytest.raises(MedcotError, match=r"transformers 5\.0\.0 is excluded by unsloth: pip install 'transformers"):
         check_machine(settings)
 

@@ -241,6 +241,23 @@ def test_bands_as_published(family, total, meaning):
     assert next(words for highest, words in cases.FAMILIES[family].bands if total <= highest).startswith(meaning)
 
 
+@pytest.mark.parametrize(
+    ("changes", "meaning"),
+    [  # NICE, medtech innovation briefing 205 (2020): low to medium risk is a score of 3 in any single parameter
+        ({"pulse": 91}, "low"),
+        ({"pulse": 111, "temperature": 39.1}, "low"),  # 4 of two criteria
+        ({"systolic_pressure": 90}, "low-medium"),
+        ({"consciousness": "confused"}, "low-medium"),
+        ({"respiratory_rate": 8, "pulse": 91}, "low-medium"),  # 3 + 1
+        ({"respiratory_rate": 8, "oxygen": True}, "medium"),  # 3 + 2: the total decides from 5
+        ({"respiratory_rate": 25, "saturation": 91, "pulse": 91}, "high"),
+    ],
+)
+def test_a_single_3_in_news2_is_low_medium(changes, meaning):
+    reasoning, response, _ = cases.reason("NEWS2", changed(WELL, **changes))
+    assert response.endswith(f", {meaning} clinical risk.") and reasoning.endswith(f": {meaning} clinical risk")
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +286,9 @@ def test_response_names_its_answer_and_no_other(rows):
 def test_every_answer_of_a_family_has_one_sentence(rows):
     sentences = {}
     for row in rows:
-        assert sentences.setdefault((row["family"], row["answer"]), row["Response"]) == row["Response"]
+        sentences.setdefault((row["family"], row["answer"]), set()).add(row["Response"])
+    several = {answer: each for answer, each in sentences.items() if len(each) > 1}
+    assert several.keys() <= {("NEWS2", "NEWS2 score of 3"), ("NEWS2", "NEWS2 score of 4")}  # low or low-medium
 
 
 def test_running_totals_add_up_to_the_conclusion(rows):
@@ -336,6 +355,20 @@ def test_held_out_findings_never_stand_in_training_or_pretraining(monkeypatch):
     assert len(held_out) > 2000 and len(trained) > 3000 and len(seen) > 2000
     assert not held_out & trained
     assert not held_out & set(seen)
+
+
+def test_no_held_out_case_is_asked_twice_in_other_words(monkeypatch):
+    drawn, original = [], cases._make_row
+    monkeypatch.setattr(cases, "_make_row", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    for seed in (20260101, 1, 2):
+        drawn.clear()
+        rows = cases.held_out_cases(240, seed)
+        asked = {row["Question"]: case for row, case in drawn}
+        seen = [asked[row["Question"]] for row in rows]
+        assert len(set(seen)) == 240
+        assert sum("Glasgow" in row["family"] for row in rows) == 30
+    # When a family has no other case left, it asks one again rather than none.
+    assert len(cases.held_out_cases(400, seed=1)) == 400
 
 
 def test_wording_does_not_move_a_case_across_the_split():

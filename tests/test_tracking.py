@@ -69,7 +69,9 @@ def refusing_server():
 
 
 @pytest.mark.parametrize("trouble", ["nobody there", "a wrong key", "a key of a wrong form"])
-def test_where_going_online_fails_it_is_offline_with_a_line_and_training_goes_on(settings, monkeypatch, capsys, trouble):
+def test_where_going_online_fails_it_is_offline_with_a_line_and_training_goes_on(
+    settings, monkeypatch, capsys, trouble
+):
     server = refusing_server()
     port = closed_port() if trouble == "nobody there" else server.server_port
     key = "planted-key" if trouble == "a key of a wrong form" else "f" * 40

@@ -183,7 +183,10 @@ def test_after_a_resumption_the_settings_of_today_say_when_to_save_and_to_log(se
     history = trainer.state.log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 4]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2, 4]
-    assert {path.name for path in settings.output_dir.glob("checkpoints/checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in settings.output_dir.glob("checkpoints/checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-4",
+    }
 
 
 def test_every_setting_either_decides_or_is_free_to_change():
@@ -195,4 +198,6 @@ def test_every_setting_either_decides_or_is_free_to_change():
     free = {"profile", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
             "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps", "session_minutes",
             "report_to", "wandb_project", "output_dir", "earlier_output"}  # fmt: skip
-    assert {field.name for field in fields(Settings)} == (deciding - {"examples_per_step"}) | parts_of_their_own | by_their_rows | free
+    assert {field.name for field in fields(Settings)} == (
+        deciding - {"examples_per_step"}
+    ) | parts_of_their_own | by_their_rows | free

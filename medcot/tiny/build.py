@@ -123,7 +123,7 @@ def pretraining_row(rng: random.Random, direct: float = DIRECT) -> tuple[str, st
         findings = cases.draw_findings(rng, family, held_out=False)
         spec = cases.FAMILIES[family]
         question = f"{cases.vignette(rng, spec, findings)} {rng.choice(spec.asks)}"
-        return _answered(question, cases.reason(family, findings)[1]) + ((family, findings),)
+        return _answered(question, _by_total(cases.reason(family, findings)[1])) + ((family, findings),)
     if kind > 0.8:
         asked = [drill(rng) for _ in range(8)]
         return "", _quiz(asked), None
@@ -134,6 +134,16 @@ def pretraining_row(rng: random.Random, direct: float = DIRECT) -> tuple[str, st
         question, answer = single_step(rng, rule, findings)
         return _answered(f"{chart} {question}", answer) + ((rule, findings),)
     return chart, _quiz([single_step(rng, rule, findings) for _ in range(6)]), (rule, findings)
+
+
+def _by_total(text: str) -> str:
+    """The text as the base model learnt it, which reads a NEWS2 by its total alone.
+
+    The rule that a single criterion of 3 points is low-medium came after the weights in the folder: the rows to learn from
+    and to measure on follow it, the pre-training text does not, so that this script still makes these weights.
+    """
+    news2 = cases.FAMILIES["NEWS2"]
+    return text.replace(news2.alarm[1], news2.bands[0][1])
 
 
 def _answered(question: str, answer: str) -> tuple[str, str]:
@@ -200,8 +210,8 @@ def _tokenizer_text(seed: int, lines: list[str]) -> Iterator[str]:
     yield from lines
     for row in cases.training_cases(2000, seed):
         yield row["Question"]
-        yield row["Complex_CoT"]
-        yield row["Response"]
+        yield _by_total(row["Complex_CoT"])
+        yield _by_total(row["Response"])
     for _ in range(2000):
         yield "".join(pretraining_row(rng)[:2])
 

@@ -136,7 +136,8 @@ def child_pugh(f: dict) -> list[Step]:
 def news2(f: dict) -> list[Step]:
     """Early warning of acute illness, 0 to 20 points, oxygen saturation on scale 1; per minute, %, mmHg, degrees C.
 
-    Royal College of Physicians. National Early Warning Score (NEWS) 2. London: RCP, 2017.
+    Royal College of Physicians. National Early Warning Score (NEWS) 2. London: RCP, 2017; its thresholds: 0 to 4 low, 3 in
+    any one parameter low-medium, 5 to 6 medium, 7 or more high.
     """
     return [
         compared(
@@ -379,7 +380,10 @@ def vignette(rng: random.Random, family: "Family", findings: dict) -> str:
 
 
 class Family(NamedTuple):
-    """A rule, its findings, and the words around them. `bands` are (highest total, meaning); empty for the blood gas."""
+    """A rule, its findings, and the words around them. `bands` are (highest total, meaning); empty for the blood gas.
+
+    `alarm` is (points, meaning): what the lowest band means instead when a single criterion gives so many.
+    """
 
     rule: Callable[[dict], list]
     draw: Callable[[random.Random], dict]
@@ -387,6 +391,7 @@ class Family(NamedTuple):
     asks: tuple[str, ...]
     lowest: int = 0
     bands: tuple[tuple[int, str], ...] = ()
+    alarm: tuple[int, str] | None = None
 
 
 FAMILIES = {
@@ -433,6 +438,7 @@ FAMILIES = {
         ("Ward round", "Acute illness", "Patient on the ward"),
         ("What is the NEWS2 score?", "Give the NEWS2.", "How high is NEWS2?"),
         bands=((4, "low clinical risk"), (6, "medium clinical risk"), (20, "high clinical risk")),
+        alarm=(3, "low-medium clinical risk"),
     ),
     "acid-base": Family(
         acid_base,
@@ -479,13 +485,20 @@ def reason(family: str, findings: dict) -> tuple[str, str, str]:
         read = spec.rule(findings)
         answer = DISORDERS[tuple(state for _, state in read)]
         return "\n".join([line for line, _ in read] + [f"conclusion: {answer}"]), f"This is {answer}.", answer
-    lines, total = [], 0
-    for step in spec.rule(findings):
+    lines, total, steps = [], 0, spec.rule(findings)
+    for step in steps:
         total += step.points
         lines.append(f"{step.line()}, total {total}")
-    meaning = next(words for highest, words in spec.bands if total <= highest)
+    meaning = meaning_of(spec, total, max(step.points for step in steps))
     answer = f"{_score_name(family)} of {total}"
     return "\n".join([*lines, f"{family} total {total}: {meaning}"]), f"This is a {answer}, {meaning}.", answer
+
+
+def meaning_of(spec: "Family", total: int, highest_step: int = 0) -> str:
+    """What a total means, where its highest criterion gives `highest_step` points."""
+    if spec.alarm and total <= spec.bands[0][0] and highest_step >= spec.alarm[0]:
+        return spec.alarm[1]
+    return next(words for highest, words in spec.bands if total <= highest)
 
 
 def _choices(rng: random.Random, family: str, answer: str) -> dict:
@@ -500,11 +513,17 @@ def _choices(rng: random.Random, family: str, answer: str) -> dict:
 
 def make_row(rng: random.Random, family: str, held_out: bool) -> dict:
     """One row of the asked side: Question, Complex_CoT, Response, family, answer, choices and answer_index."""
+    return _make_row(rng, family, held_out)[0]
+
+
+def _make_row(rng: random.Random, family: str, held_out: bool) -> tuple[dict, str]:
+    """A row, and what is asked in it whatever the wording: rule, findings, and the criterion of a single step."""
     rule = rng.choice(SCORED) if family == SINGLE_STEP else family
     findings = draw_findings(rng, rule, held_out)
-    text = vignette(rng, FAMILIES[rule], findings)
+    text, asked = vignette(rng, FAMILIES[rule], findings), repr((family, rule, sorted(findings.items())))
     if family == SINGLE_STEP:
         step = rng.choice(FAMILIES[rule].rule(findings))
+        asked += f" {step.name}"
         answer = points_phrase(step.points)
         row = {
             "Question": f"{text} How many {rule} points for {step.name}?",
@@ -518,20 +537,33 @@ def make_row(rng: random.Random, family: str, held_out: bool) -> dict:
             "Complex_CoT": reasoning,
             "Response": response,
         }
-    return row | {"family": family, "answer": answer} | _choices(rng, family, answer)
+    return row | {"family": family, "answer": answer} | _choices(rng, family, answer), asked
+
+
+_REDRAWS = 300  # after so many without a new case a family has none left: the smallest has 30 held-out ones
 
 
 def _rows(count: int, seed: int, held_out: bool) -> list[dict]:
     """`count` rows with different questions, families in turn."""
     rng = random.Random(f"{seed} {'held out' if held_out else 'training'}")
     families = (*FAMILIES, SINGLE_STEP)
-    rows, seen = [], set()
+    rows, questions, cases = [], set(), set()
     while len(rows) < count:
-        row = make_row(rng, families[len(rows) % len(families)], held_out)
-        if row["Question"] not in seen:
-            seen.add(row["Question"])
+        family = families[len(rows) % len(families)]
+        row, asked = _make_row(rng, family, held_out)
+        if held_out and asked in cases:  # another case in its place, so that the rows after it stay as they are
+            row, asked = _new_case(random.Random(f"{seed} again {len(rows)}"), family, cases) or (row, asked)
+        if row["Question"] not in questions:
+            questions.add(row["Question"])
+            cases.add(asked)
             rows.append(row)
     return rows
+
+
+def _new_case(rng: random.Random, family: str, cases: set[str]) -> tuple[dict, str] | None:
+    """A held-out row that asks none of `cases`; None where the family has no other."""
+    drawn = (_make_row(rng, family, True) for _ in range(_REDRAWS))
+    return next((row for row in drawn if row[1] not in cases), None)
 
 
 def training_cases(rows: int, seed: int) -> list[dict]:
@@ -540,5 +572,8 @@ def training_cases(rows: int, seed: int) -> list[dict]:
 
 
 def held_out_cases(rows: int, seed: int) -> list[dict]:
-    """`rows` rows to measure on, all families in turn; their findings never stand in training."""
+    """`rows` rows to measure on, all families in turn; their findings never stand in training.
+
+    No case is asked twice in other words until a family has no other left (Glasgow coma, after 30 of its own).
+    """
     return _rows(rows, seed, held_out=True)

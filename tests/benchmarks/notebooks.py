@@ -70,9 +70,9 @@ def write_data(tokenizer, folder, seed=3407):
 def watch(parts, keep):
     """Has every part of the evaluation note its seconds, its peak memory and the work that was counted in it."""
     import torch
+    from medcot.modeling import weights_id
 
     from medcot import inference
-    from medcot.modeling import weights_id
 
     gpu = torch.cuda.is_available()
 
@@ -159,8 +159,9 @@ def estimate(part, config, kernel_rows=16):
 
 def watch_reload(folder):
     """Has 02 keep greedy tokens of what it trained, and 03 say whether those of the reloaded adapter are the same."""
-    import medcot
     from medcot.modeling import for_inference
+
+    import medcot
 
     questions = ["Where is the pain?", "The patient has chest pain and fever. What is the next step?"]
 
@@ -215,9 +216,9 @@ def main():
     parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
     parser.add_argument("--profile", default="kaggle-t4")
     options = parser.parse_args()
+    from medcot.modeling import load_tokenizer
     from transformers import AutoConfig
 
-    from medcot.modeling import load_tokenizer
     from medcot.settings import PROFILES
 
     out = Path(options.out).absolute()

@@ -1,0 +1,175 @@
+"""A chat: in a notebook with the adapter as a switch, in a terminal what `medcot ask` and `medcot chat` do."""
+
+import contextlib
+import html
+
+from .asking import BASE, TUNED, ask, ask_both, examples, page, stream
+from .model import load_model
+from .settings import NOTICE, MedcotError, load_settings
+
+BOTH = "both"
+ALONE = "Each question stands alone: the model was trained on single questions and remembers none."
+
+
+def chat_widget(model, tokenizer, settings):
+    """A text field, a switch between base, fine-tuned and both (`disable_adapter`), and the conversation above them.
+
+    In a saved notebook, where no script runs, what was said stays as plain HTML below. Returns the widget, already shown;
+    without ipywidgets or a kernel, None and a line that says how to ask instead.
+    """
+    try:
+        import ipywidgets
+        from IPython.display import display
+    except ImportError:
+        print("ipywidgets is not installed: ask(model, tokenizer, '...', settings) answers one question")
+        return None
+    sides = [TUNED, BASE, BOTH] if hasattr(model, "disable_adapter") else [BASE]
+    switch = ipywidgets.ToggleButtons(options=sides, description="answered by")
+    field = ipywidgets.Textarea(
+        placeholder="a question", layout={"width": "95%"}, value=next(iter(examples(settings)), "")
+    )
+    button, said = ipywidgets.Button(description="Ask", button_style="primary"), ipywidgets.HTML(f"<p>{ALONE}</p>")
+    parts = [said, switch, field, button]
+    if known := examples(settings):
+        pick = ipywidgets.Dropdown(options=known, description="examples", layout={"width": "95%"})
+        pick.observe(lambda change: setattr(field, "value", change["new"]), names="value")
+        parts.insert(2, pick)
+    static = display(_html(f"<p><small>{ALONE}</small></p>"), display_id=True)
+    turns = []
+
+    def answer(_):
+        button.disabled = True
+        try:
+            turns.append(_turn(model, tokenizer, settings, field.value, switch.value, said, turns))
+        except MedcotError as error:
+            turns.append(f"<p><em>{html.escape(str(error))}</em></p>")
+        finally:
+            button.disabled = False
+        said.value = "".join(turns)
+        if static is not None:
+            static.update(
+                _html(f"<details><summary>{len(turns)} questions as plain text</summary>{said.value}</details>")
+            )
+
+    button.on_click(answer)
+    widget = ipywidgets.VBox(parts)
+    display(widget)
+    return widget
+
+
+def _html(text: str):
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+def _turn(model, tokenizer, settings, question: str, side: str, said, turns) -> str:
+    """One question and its answers as HTML, shown in `said` while they are written."""
+    cells = []
+    for name in (BASE, TUNED) if side == BOTH else (side,):
+
+        def show(text, name=name, final=False):
+            cell = f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{page(text, tokenizer.eos_token, "", not final)}</td>'
+            row = "".join([*cells, cell])
+            said.value = "".join(turns) + _table(question, row)
+            return cell
+
+        with _adapter(model, name):
+            cells.append(show(stream(model, tokenizer, question, settings, show), final=True))
+    return _table(question, "".join(cells))
+
+
+def _table(question: str, cells: str) -> str:
+    return f'<p><b>{html.escape(question)}</b></p><table style="width:100%"><tr>{cells}</tr></table>'
+
+
+def _adapter(model, side: str):
+    """The adapter switched off for the base's turn."""
+    return model.disable_adapter() if side == BASE and hasattr(model, "disable_adapter") else contextlib.nullcontext()
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+def _load(settings, both: bool):
+    """Model and tokenizer, with the adapter if there is one yet."""
+    adapter = settings.adapter_dir
+    if not (adapter / "adapter_model.safetensors").is_file():
+        if both:
+            raise MedcotError(
+                f"no adapter_model.safetensors in {adapter}: run 02_finetune.ipynb with the same profile first"
+            )
+        print(f"no adapter in {adapter} yet (02_finetune.ipynb makes it): the base model answers")
+        adapter = None
+    return load_model(settings, adapter=adapter)
+
+
+def run_ask(options):
+    """`medcot ask`: the questions of the command line, or examples without one."""
+    settings = load_settings()
+    if not options.question:
+        known = examples(settings) or ["Which drug is given first for anaphylaxis, by which route?"]
+        print("ask a question in quotation marks, for example:")
+        print("\n".join(f'  medcot ask "{question}"' for question in known))
+        return
+    model, tokenizer = _load(settings, options.both)
+    if options.both:
+        for question in options.question:
+            ask_both(model, tokenizer, question, settings)
+    else:
+        ask(model, tokenizer, options.question[0] if len(options.question) == 1 else options.question, settings)
+
+
+def run_chat(options):
+    """`medcot chat`: one question after the other, until /quit or the end of the input."""
+    settings = load_settings()
+    model, tokenizer = _load(settings, options.both)
+    sides = "/base, /tuned or /both say who answers, " if hasattr(model, "disable_adapter") else ""
+    print(f"{ALONE} {sides}/examples shows questions, /quit or Ctrl-D ends. {NOTICE}")
+    side = BOTH if options.both else TUNED
+    while (line := _line()) is not None:
+        if line in ("/base", "/tuned", "/both") and sides:
+            side = {"/base": BASE, "/tuned": TUNED, "/both": BOTH}[line]
+            print(f"from here on: {side}")
+        elif line == "/examples":
+            print("\n".join(examples(settings)) or "any medical question in words")
+        elif line.startswith("/"):
+            print(f"{line} is no command: /base /tuned /both /examples /quit")
+        elif line:
+            _say(model, tokenizer, line, settings, side)
+
+
+def _line() -> str | None:
+    """What was typed; None at the end."""
+    try:
+        line = input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return None if line == "/quit" else line
+
+
+def _say(model, tokenizer, question, settings, side):
+    try:
+        if side == BOTH:
+            ask_both(model, tokenizer, question, settings)
+        else:
+            with _adapter(model, side):
+                ask(model, tokenizer, question, settings)
+    except MedcotError as error:  # a question that is too long ends nothing
+        print(error)
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+
+
+def add_commands(commands):
+    """Adds `ask` and `chat` to the sub-parsers of the command line."""
+    words = "put a question to the fine-tuned model; without one, see examples"
+    command = commands.add_parser("ask", help=words, description=words)
+    command.add_argument("question", nargs="*", help="one or more questions, each in quotation marks")
+    command.add_argument("--both", action="store_true", help="base and fine-tuned side by side")
+    command.set_defaults(run=run_ask)
+    words = "ask one question after the other"
+    command = commands.add_parser("chat", help=words, description=words)
+    command.add_argument("--both", action="store_true", help="base and fine-tuned side by side")
+    command.set_defaults(run=run_chat)

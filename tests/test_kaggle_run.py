@@ -1,0 +1,253 @@
+"""The staged notebooks run as on Kaggle, in an environment without medcot and what an image lacks. Long: a minute or two."""
+
+import email
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import threading
+import venv
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from kaggle_tree import REF, REPOSITORY, change, put
+from medcot.model import ADAPTER_FILES
+
+from medcot.kaggle.metadata import METADATA_FILE
+from medcot.kaggle.pull import pull
+from medcot.kaggle.stage import stage
+from medcot.settings import ADAPTER_FOLDER, EMBEDDED_MODEL
+
+pytest_plugins = ("kaggle_fixtures",)
+
+# An image has none of these; here they come from an attached folder or from a loopback index.
+LACKING = ("trl", "tyro", "rapidfuzz")
+
+
+def wheel_of(name, folder):
+    """Packs an installed package as a wheel again."""
+    distribution = importlib.metadata.distribution(name)
+    tag = email.message_from_string(distribution.read_text("WHEEL"))["Tag"]
+    path = folder / f"{name.replace('-', '_')}-{distribution.version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in distribution.files:
+            if ".." not in file.parts and file.suffix != ".pyc" and file.name not in ("INSTALLER", "direct_url.json"):
+                archive.write(file.locate(), str(file))
+    return path
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """A Python that has what this one has, linked, but for medcot and what an image lacks; a list of wheels of those."""
+    folder = tmp_path_factory.mktemp("image")
+    packages, wheels = folder / "packages", folder / "wheels"
+    packages.mkdir(), wheels.mkdir()
+    lacking = re.compile(rf"(__editable__.*)?_*({'|'.join(('medcot', *LACKING))})([-.].*)?", re.I)
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not lacking.fullmatch(entry.name) and "__editable__" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    venv.create(folder / "venv", symlinks=True)
+    site = next((folder / "venv" / "lib").glob("python3*")) / "site-packages"
+    (site / "image.pth").write_text(f"{packages}\n")
+    return SimpleNamespace(venv=folder / "venv", wheels=[wheel_of(name, wheels) for name in LACKING], folder=folder)
+
+
+@pytest.fixture(scope="module")
+def index(image):
+    """The address of a package index on the loopback address that has just those wheels."""
+    simple = image.folder / "index" / "simple"
+    for wheel in image.wheels:
+        project = simple / wheel.name.split("-")[0]
+        project.mkdir(parents=True)
+        shutil.copyfile(wheel, project / wheel.name)
+        (project / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(image.folder / "index")))
+    threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/simple"
+    http.shutdown()
+    http.server_close()
+
+
+def clone(folder, internet=True):
+    """A clone whose 02 stops where the environment says so, staged for the smoke profile with model and wheels attached."""
+    ignore = shutil.ignore_patterns("model", "__pycache__")
+    shutil.copytree(REPOSITORY / "medcot", folder / "medcot", ignore=ignore)
+    shutil.copytree(REPOSITORY / "notebooks", folder / "notebooks")
+    for name in (METADATA_FILE, "requirements.lock"):
+        shutil.copyfile(REPOSITORY / name, folder / name)
+    change(folder, put("settings", {"MEDCOT_PROFILE": "smoke"}))
+    change(folder, put("dataset_sources", ["OWNER/medcot-offline"]))
+    change(folder, put("enable_internet", internet))
+    path = folder / "notebooks" / "02_finetune.ipynb"
+    notebook = json.loads(path.read_text())
+    source = "import os\n\nif 'STOP_02' in os.environ:\n    raise RuntimeError('02 was told to stop')"
+    cell = {"cell_type": "code", "execution_count": None, "id": "stop", "metadata": {}, "outputs": [], "source": source}
+    notebook["cells"].insert(1, cell)
+    path.write_text(json.dumps(notebook))
+    return {one.name: one for one in stage(folder, "anna")}
+
+
+def environment(root, index, **more):
+    """That of a session: nothing of this one but the path; the network outside is a closed port."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
+    # Its path is the same for all sessions, as that of /tmp is, and it is empty when one begins.
+    closed, home, scratch = "http://127.0.0.1:9", root.parent / "home", root.parent.parent / "tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    home.mkdir(parents=True), scratch.mkdir()
+    return kept | more | {
+        "HOME": str(home), "TMPDIR": str(scratch), "MEDCOT_KAGGLE_ROOT": str(root), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+        "http_proxy": closed, "https_proxy": closed, "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1",
+        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index, "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+
+
+class Run:
+    """One session in a fresh image: its inputs mounted in the old or the new layout, its notebook run by papermill."""
+
+    def __init__(self, folder, image, index, staged, outputs=(), old=False, **more):
+        self.root, self.venv = folder / "kaggle", folder / "venv"
+        self.working = self.root / "working"
+        shutil.copytree(image.venv, self.venv, symlinks=True)
+        self.working.mkdir(parents=True)
+        data = self._mount(old, "datasets", "medcot-offline")
+        shutil.copytree(EMBEDDED_MODEL, data / "model")
+        if old:
+            (data / "wheels").mkdir()
+            for wheel in image.wheels:
+                shutil.copyfile(wheel, data / "wheels" / wheel.name)
+        for slug, output in outputs:
+            shutil.copytree(output, self._mount(old, "notebooks", slug))
+            (self._mount(old, "notebooks", slug) / "__output__.json").write_text("{}")
+        source = staged.write(folder / "source", after=1 if outputs else 0) / f"{staged.name}.ipynb"
+        self.page = folder / "page.ipynb"
+        command = [str(self.venv / "bin" / "python"), "-m", "papermill", str(source), str(self.page), "-k", "python3"]
+        done = subprocess.run(
+            [*command, "--no-progress-bar", "--cwd", str(self.working)], env=environment(self.root, index, **more),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+
+    def _mount(self, old, kind, slug):
+        return self.root / "input" / slug if old else self.root / "input" / kind / "anna" / slug
+
+    def shown(self):
+        """All that stands on the page, as text."""
+        outputs = [o for cell in json.loads(self.page.read_text())["cells"] for o in cell.get("outputs", ())]
+        texts = [o.get("text") or o.get("data", {}).get("text/markdown") or "" for o in outputs]
+        return "".join("".join(text) for text in texts)
+
+    def images(self):
+        cells = json.loads(self.page.read_text())["cells"]
+        return sum("image/png" in o.get("data", {}) for cell in cells for o in cell.get("outputs", ()))
+
+    def files(self):
+        return {str(path.relative_to(self.working)) for path in self.working.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def runs(image, index, tmp_path_factory):
+    """Twice the session that runs all three, the first stopped in 02 and the second going on from its output."""
+    folder = tmp_path_factory.mktemp("runs")
+    staged = clone(folder / "clone")
+    first = Run(folder / "first", image, index, staged["session"], STOP_02="1")
+    second = Run(folder / "second", image, index, staged["session"], [("medcot-session", first.working)])
+    return SimpleNamespace(first=first, second=second, staged=staged, folder=folder)
+
+
+def test_kaggle_run_that_stops_in_02_leaves_what_01_made(runs):
+    record = json.loads((runs.first.working / "session.json").read_text())["notebooks"]
+    assert list(record) == ["01_baseline", "02_finetune"] and record["01_baseline"] == "done"
+    assert "RuntimeError: 02 was told to stop" in record["02_finetune"]
+    page = runs.first.shown()
+    assert "02 was told to stop" in page and "# Not finished" in page and "03_compare: not run" in page
+    executed = json.loads((runs.first.working / "notebooks" / "01_baseline.ipynb").read_text())
+    assert any(cell.get("outputs") for cell in executed["cells"])
+
+
+def test_kaggle_run_goes_on_from_its_own_earlier_output_to_the_end(runs):
+    page = runs.second.shown()
+    assert "01_baseline: done by an earlier session" in page and "=== 03_compare: done ===" in page
+    comparison = json.loads((runs.second.working / "comparison.json").read_text())
+    headline = comparison.get("headline") or comparison["measures"][0]["sentence"]
+    assert f"# {headline}" in page and runs.second.images() >= 2
+    adapter = {f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES}
+    executed = {f"notebooks/{name}.ipynb" for name in ("01_baseline", "02_finetune", "03_compare")}
+    expected = adapter | executed | {"training.json", "RUN.md", "comparison.json", "figures/loss.png", "session.json"}
+    assert expected <= runs.second.files()
+    assert not any("huggingface" in name for name in runs.second.files()), "no caches among the results"
+
+
+def test_kaggle_run_shows_progress_on_its_page(runs):
+    page = runs.second.shown()
+    assert "=== 02_finetune ===" in page and "profile smoke" in page and re.search(r"\bloss\b", page)
+
+
+def test_kaggle_run_takes_medcot_and_what_the_image_lacks_from_the_notebook(runs):
+    for name in LACKING:
+        assert any((runs.first.venv / "lib").rglob(f"site-packages/{name}/__init__.py"))
+    assert not any((runs.first.venv / "lib").rglob("site-packages/medcot"))
+    assert "installed trl==" in runs.first.shown()
+
+
+def test_kaggle_run_results_come_home(runs, tree, server):
+    kernel = server.kernel(REF)
+    kernel.version, kernel.polls = 2, 9
+    kernel.request = {"text": (runs.folder / "second" / "source" / "session.ipynb").read_text()}
+    kernel.files = {name: (runs.second.working / name).read_bytes() for name in runs.second.files()}
+    folder = pull(tree, "anna")
+    for name in runs.second.files() - {name for name in kernel.files if name.startswith("checkpoints/")}:
+        assert (folder / name).read_bytes() == (runs.second.working / name).read_bytes()
+    assert any(path.name.startswith("run-") for path in (folder / "wandb").rglob("*")), (
+        "with the charts of the training"
+    )
+
+
+def test_kaggle_run_one_by_one_in_the_old_layout_without_a_network(runs, image, tmp_path):
+    """01 by itself, then 03 from the outputs of 01 and 02, told by our own file names; the wheels are attached."""
+    staged, closed = clone(tmp_path / "clone", internet=False), "http://127.0.0.1:9"
+    one = Run(tmp_path / "one", image, closed, staged["01_baseline"], old=True)
+    trained = tmp_path / "trained"
+    for name in (ADAPTER_FOLDER, "training.json", "figures", "wandb"):
+        source = runs.second.working / name
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        trained.mkdir(exist_ok=True)
+        copy(source, trained / name)
+    outputs = [("medcot-01-baseline", one.working), ("medcot-02-finetune", trained)]
+    three = Run(tmp_path / "three", image, closed, staged["03_compare"], outputs, old=True)
+    assert {"RUN.md", "comparison.json", "figures/loss.png", "training.json"} <= three.files()
+
+
+def test_colab_and_ones_own_gpu_first_cells(image, index, tmp_path):
+    """The first cells of README.md, run as they stand there in a fresh image, with a clone in place of the address."""
+    text = (REPOSITORY / "medcot" / "kaggle" / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "install_here" in block]
+    assert len(blocks) == 2
+    shutil.copytree(REPOSITORY / "medcot", tmp_path / "medcot" / "medcot", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (METADATA_FILE, "requirements.lock"):
+        shutil.copyfile(REPOSITORY / name, tmp_path / "medcot" / name)
+    (tmp_path / "medcot" / "notebooks").mkdir()
+    for i, block in enumerate(blocks):
+        folder = tmp_path / f"session-{i}"
+        shutil.copytree(image.venv, folder / "venv", symlinks=True)
+        where = tmp_path if "git clone" in block else tmp_path / "medcot" / "notebooks"
+        code = re.sub(r"^!git clone .*$", "", block, flags=re.M)
+        code = re.sub(r"^%cd (.*)$", r"import os; os.chdir('\1')", code, flags=re.M)
+        code += "\nimport trl, medcot; print('WITNESS', trl.__file__, medcot.__file__)"
+        done = subprocess.run(
+            [str(folder / "venv" / "bin" / "python"), "-c", code], cwd=where, capture_output=True, text=True,
+            env=environment(folder / "kaggle", index), timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert str(folder / "venv") in done.stdout and str(tmp_path / "medcot" / "medcot") in done.stdout
