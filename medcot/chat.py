@@ -14,69 +14,80 @@ ALONE = "Each question stands alone: the model was trained on single questions a
 def chat_widget(model, tokenizer, settings):
     """A text field, a switch between base, fine-tuned and both (`disable_adapter`), and the conversation above them.
 
-    In a saved notebook, where no script runs, what was said stays as plain HTML below. Returns the widget, already shown;
-    without ipywidgets or a kernel, None and a line that says how to ask instead.
+    In a saved notebook, where no script runs, what was said stays as plain HTML. Returns the widget, already shown; without
+    ipywidgets, None and a line that says how to ask instead.
     """
     try:
-        import ipywidgets
-        from IPython.display import display
+        import ipywidgets  # noqa: F401
     except ImportError:
         print("ipywidgets is not installed: ask(model, tokenizer, '...', settings) answers one question")
         return None
-    sides = [TUNED, BASE, BOTH] if hasattr(model, "disable_adapter") else [BASE]
-    switch = ipywidgets.ToggleButtons(options=sides, description="answered by")
-    field = ipywidgets.Textarea(
-        placeholder="a question", layout={"width": "95%"}, value=next(iter(examples(settings)), "")
-    )
-    button, said = ipywidgets.Button(description="Ask", button_style="primary"), ipywidgets.HTML(f"<p>{ALONE}</p>")
-    parts = [said, switch, field, button]
-    if known := examples(settings):
-        pick = ipywidgets.Dropdown(options=known, description="examples", layout={"width": "95%"})
-        pick.observe(lambda change: setattr(field, "value", change["new"]), names="value")
-        parts.insert(2, pick)
-    static = display(_html(f"<p><small>{ALONE}</small></p>"), display_id=True)
-    turns = []
+    return _Chat(model, tokenizer, settings).show()
 
-    def answer(_):
-        button.disabled = True
+
+class _Chat:
+    """The widgets of one conversation, and what was said."""
+
+    def __init__(self, model, tokenizer, settings):
+        import ipywidgets
+
+        self.model, self.tokenizer, self.settings, self.turns, self.static = model, tokenizer, settings, [], None
+        known = examples(settings)
+        self.said = ipywidgets.HTML(f"<p>{ALONE}</p>")
+        sides = [TUNED, BASE, BOTH] if hasattr(model, "disable_adapter") else [BASE]
+        self.switch = ipywidgets.ToggleButtons(options=sides, description="answered by")
+        self.field = ipywidgets.Textarea(value=next(iter(known), ""), placeholder="a question", layout={"width": "95%"})
+        self.button = ipywidgets.Button(description="Ask", button_style="primary")
+        self.button.on_click(self.answer)
+        self.parts = [self.said, self.switch, self.field, self.button]
+        if known:
+            pick = ipywidgets.Dropdown(options=known, description="examples", layout={"width": "95%"})
+            pick.observe(lambda change: setattr(self.field, "value", change["new"]), names="value")
+            self.parts.insert(2, pick)
+
+    def show(self):
+        """Displays the widgets, and the output that keeps the conversation without them."""
+        import ipywidgets
+        from IPython.display import HTML, display
+
+        self.static = display(HTML(f"<p><small>{ALONE}</small></p>"), display_id=True)
+        widget = ipywidgets.VBox(self.parts)
+        display(widget)
+        return widget
+
+    def answer(self, _):
+        """What the button does."""
+        from IPython.display import HTML
+
+        self.button.disabled = True
         try:
-            turns.append(_turn(model, tokenizer, settings, field.value, switch.value, said, turns))
+            self.turns.append(self.turn(self.field.value, self.switch.value))
         except MedcotError as error:
-            turns.append(f"<p><em>{html.escape(str(error))}</em></p>")
+            self.turns.append(f"<p><em>{html.escape(str(error))}</em></p>")
         finally:
-            button.disabled = False
-        said.value = "".join(turns)
-        if static is not None:
-            static.update(
-                _html(f"<details><summary>{len(turns)} questions as plain text</summary>{said.value}</details>")
-            )
+            self.button.disabled = False
+        self.said.value = "".join(self.turns)
+        if self.static is not None:  # outside a kernel nothing is displayed
+            words = f"<summary>{len(self.turns)} questions as plain text</summary>"
+            self.static.update(HTML(f"<details>{words}{self.said.value}</details>"))
 
-    button.on_click(answer)
-    widget = ipywidgets.VBox(parts)
-    display(widget)
-    return widget
+    def turn(self, question: str, side: str) -> str:
+        """One question and its answers as HTML, shown while they are written."""
+        cells = []
 
+        def cell(name, text, written=True):
+            answer = page(text, self.tokenizer.eos_token, open_reasoning=not written)
+            return f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{answer}</td>'
 
-def _html(text: str):
-    from IPython.display import HTML
+        for name in (BASE, TUNED) if side == BOTH else (side,):
 
-    return HTML(text)
+            def show(text, name=name):
+                row = _table(question, "".join([*cells, cell(name, text, written=False)]))
+                self.said.value = "".join([*self.turns, row])
 
-
-def _turn(model, tokenizer, settings, question: str, side: str, said, turns) -> str:
-    """One question and its answers as HTML, shown in `said` while they are written."""
-    cells = []
-    for name in (BASE, TUNED) if side == BOTH else (side,):
-
-        def show(text, name=name, final=False):
-            cell = f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{page(text, tokenizer.eos_token, "", not final)}</td>'
-            row = "".join([*cells, cell])
-            said.value = "".join(turns) + _table(question, row)
-            return cell
-
-        with _adapter(model, name):
-            cells.append(show(stream(model, tokenizer, question, settings, show), final=True))
-    return _table(question, "".join(cells))
+            with _adapter(self.model, name):
+                cells.append(cell(name, stream(self.model, self.tokenizer, question, self.settings, show)))
+        return _table(question, "".join(cells))
 
 
 def _table(question: str, cells: str) -> str:

@@ -10,7 +10,10 @@ from . import __version__
 from .settings import NOTICE, PROFILES, VARIABLES, MedcotError, load_settings, read_settings
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
-_SHORT = {"--data": "--dataset", "--out": "--output-dir"}
+_SHORT = {
+    "--data": "--dataset", "--out": "--output-dir", "--question": "--question-column", "--reasoning": "--reasoning-column",
+    "--response": "--response-column",
+}  # fmt: skip
 _EXAMPLES = f"""examples:
   medcot demo                                            the three notebooks on this machine
   medcot train --max-steps 100 --data rows.csv --out runs/a

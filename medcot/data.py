@@ -1,22 +1,17 @@
 """Rows: where they come from, and the token sequences they become."""
 
-import glob
 import hashlib
 import html
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from tarfile import is_tarfile
 
 from . import identity
-from .choices import accepted_answers, carries_choices, read_choices
-from .hub import hub_revision, patiently
+from .choices import accepted_answers, carries_choices, read_choices, same_question
 from .prompts import encode_completion, encode_prompt, format_completion
+from .rows import COLUMNS, read_rows
 from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
-COLUMNS = ("Question", "Complex_CoT", "Response")
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_ARCHIVES = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zX", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+LEAST_ROWS = 10
 
 # The question that the project this one rebuilds shows before and after; it stands in its training rows.
 SHOWCASE_QUESTION = (
@@ -48,6 +43,10 @@ class Splits:
     dropped: dict = field(default_factory=dict)
     """Rows not used, counted by reason."""
 
+    def loss_rows(self, settings):
+        """The evaluation rows whose loss is measured in training."""
+        return self.eval.select(range(min(settings.eval_loss_rows, len(self.eval))))
+
     def __str__(self):
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items() if count)
         revision = f" at {self.revision}" if self.revision else ""
@@ -60,20 +59,19 @@ class Splits:
 def load_splits(settings) -> Splits:
     """The training rows (the first `train_rows`) and the evaluation rows (the `eval_rows` after them).
 
-    Rows with an empty field are dropped and a row whose question already stands in training is moved out of the
-    evaluation rows; both are counted, and one line says what was loaded. Raises MedcotError for a source that cannot
-    be read, lacks a column or has too few rows, and for training rows other than those the output folder was made with.
+    Of a file with fewer rows a fifth is held out and the rest trains. Rows with an empty field are dropped, a row whose
+    question already stands in training is moved out of the evaluation rows, and one that repeats another there is left
+    out; all are counted, and one line says what is used and what is not. Raises MedcotError for a source that cannot be
+    read, lacks a column or has too few rows, for options that cannot be graded, and for training rows other than those the
+    output folder was made with.
     """
     if settings.dataset == EMBEDDED_CASES:
         train, evaluation = _embedded_cases(settings)
         splits = Splits(train, evaluation, EMBEDDED_CASES, None, fingerprint(train, evaluation))
     else:
-        rows, revision = _read_rows(settings)
+        rows, revision = read_rows(settings)
         splits = _split(rows, revision, settings)
     identity.check(settings, rows=fingerprint(splits.train))
-    for i, row in enumerate(splits.eval):  # what cannot be graded is said now, not after the evaluation
-        place = f"{settings.dataset}, evaluation row {i}"
-        read_choices(row, place) if carries_choices(row) else accepted_answers(row, place)
     print(splits)
     return splits
 
@@ -89,83 +87,40 @@ def _embedded_cases(settings):
     )
 
 
-def _read_rows(settings):
-    """All rows of a file, a folder or a hub data set, with their three text columns checked, and the revision."""
-    import datasets
-
-    path = Path(settings.dataset)
-    try:
-        local = path.exists()
-    except OSError as error:
-        raise MedcotError(f"dataset={settings.dataset[:200]!r}: {error.strerror}, name a file or a hub name") from error
-    if local:
-        (kind, files), revision = _data_files(path), None
-        # A word such as "NA" is text like any other.
-        options = {"keep_default_na": False} if kind == "csv" else {}
-        try:
-            rows = datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
-        except Exception as error:  # the library raises a different class for each way a file can be wrong
-            raise _unreadable(settings.dataset, error, "check that the file is what its name says") from error
-    elif path.is_absolute() or path.suffix in FILE_TYPES or settings.dataset.startswith("."):
-        raise MedcotError(f"{path.absolute()} not found: name a json, jsonl, csv or parquet file, or a folder of them")
-    else:
-        rows, revision = read_hub(settings, "dataset", settings.dataset_config, "train")
-    missing = [column for column in COLUMNS if column not in rows.column_names]
-    if missing:
-        raise MedcotError(
-            f"{settings.dataset} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}: "
-            f"rename its columns to {', '.join(COLUMNS)}"
-        )
-    if not len(rows):
-        raise MedcotError(f"{settings.dataset} holds no rows: name a file with at least two")
-    return rows, revision
-
-
-def read_hub(settings, field: str, config: str | None, split: str):
-    """The rows of one split of the hub data set that the setting `field` names, and the commit they are of."""
-    import datasets
-
-    name, wanted = getattr(settings, field), getattr(settings, f"{field}_revision")
-    revision = hub_revision("dataset", name, wanted) or wanted
-    try:
-        rows = patiently(lambda: datasets.load_dataset(name, config, revision=revision, split=split), name)
-    except Exception as error:
-        raise _unreadable(name, error, "check its name, configuration and network") from error
-    # Without the hub `datasets` takes whatever commit it cached last, whatever `revision` says.
-    commit = Path(rows.cache_files[0]["filename"]).parent.name
-    if revision not in (None, commit):
-        raise MedcotError(
-            f"{name} in the local cache is commit {commit}, not {revision}: go online once, or set {field}_revision to "
-            "the commit that is there"
-        )
-    return rows, commit
-
-
-def _unreadable(source: str, error: Exception, cure: str) -> MedcotError:
-    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return MedcotError(f"{source} could not be read ({reason[0][:200]}): {cure}")
-
-
-def _data_files(path: Path) -> tuple[str, list[str]]:
-    """The `datasets` loader for a file or folder, and the files, in name order."""
-    files = sorted(f for f in path.rglob("*") if f.suffix in FILE_TYPES) if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            raise MedcotError(f"{file} is no regular file: give files of one kind out of {', '.join(FILE_TYPES)}")
-        with file.open("rb") as content:
-            magic = content.read(4)
-        # `datasets` unpacks what looks like an archive, whatever its name is.
-        if magic.startswith(_ARCHIVES) or (magic.strip(b"\0") and is_tarfile(file)):
-            raise MedcotError(f"{file} is an archive: unpack it and name the files in it")
-    kinds = {FILE_TYPES.get(file.suffix) for file in files}
-    if None in kinds or len(kinds) != 1:
-        found = ", ".join(sorted({file.suffix or file.name for file in files})) or "no data file"
-        raise MedcotError(f"{path} holds {found}: give files of one kind out of {', '.join(FILE_TYPES)}")
-    return kinds.pop(), [str(file) for file in files]
-
-
 def _split(rows, revision, settings) -> Splits:
     dropped = {}
+    _check_text(rows, settings)
+    empty = {i for column in COLUMNS for i, text in enumerate(rows[column]) if not (text or "").strip()}
+    dropped["with an empty field dropped"] = len(empty)
+    usable = [i for i in range(len(rows)) if i not in empty]
+    first, held_out = _sizes(len(usable), settings)
+    train = rows.select(usable[:first])
+    seen, asked, kept, moved, repeated = {normalise(question) for question in train["Question"]}, set(), [], 0, 0
+    for at, i in enumerate(usable[first:], first + 1):
+        if len(kept) == held_out:
+            at -= 1
+            break
+        key = _asked(rows[i], f"{settings.dataset}, row {i}")
+        if normalise(rows[i]["Question"]) in seen:
+            moved += 1
+        elif key in asked:
+            repeated += 1
+        else:
+            asked.add(key)
+            kept.append(i)
+    dropped["moved out of evaluation because the question stands in training"] = moved
+    dropped["left out of evaluation because the question stands there already"] = repeated
+    if not kept:
+        raise MedcotError(
+            f"{settings.dataset} has {len(usable)} usable rows ({len(empty)} with an empty field, {moved} repeating a "
+            f"training question), and at least {LEAST_ROWS} are needed, some of them with a question of their own"
+        )
+    dropped["left unused"] = len(usable) - at
+    evaluation = rows.select(kept)
+    return Splits(train, evaluation, settings.dataset, revision, fingerprint(train, evaluation), dropped)
+
+
+def _check_text(rows, settings):
     for column in COLUMNS:
         kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
         if kind not in ("string", "large_string", "null"):
@@ -176,27 +131,22 @@ def _split(rows, revision, settings) -> Splits:
             raise MedcotError(
                 f"{settings.dataset}: column {column} is not UTF-8 ({error}): convert the file"
             ) from error
-    empty = {i for column in COLUMNS for i, text in enumerate(rows[column]) if not (text or "").strip()}
-    dropped["with an empty field dropped"] = len(empty)
-    usable = [i for i in range(len(rows)) if i not in empty]
-    train = rows.select(usable[: settings.train_rows])
-    seen, kept, moved = {normalise(question) for question in train["Question"]}, [], 0
-    for i in usable[settings.train_rows :]:
-        if len(kept) == settings.eval_rows:
-            break
-        if normalise(rows[i]["Question"]) in seen:
-            moved += 1
-        else:
-            kept.append(i)
-    dropped["moved out of evaluation because the question stands in training"] = moved
-    if len(train) < settings.train_rows or len(kept) < settings.eval_rows:
-        raise MedcotError(
-            f"{settings.dataset} has {len(usable)} usable rows ({len(empty)} with an empty field, {moved} repeating a "
-            f"training question), but train_rows={settings.train_rows} and eval_rows={settings.eval_rows} are asked "
-            "for: lower them with dataclasses.replace, or use MEDCOT_PROFILE=smoke"
-        )
-    evaluation = rows.select(kept)
-    return Splits(train, evaluation, settings.dataset, revision, fingerprint(train, evaluation), dropped)
+
+
+def _sizes(usable: int, settings) -> tuple[int, int]:
+    """(training, evaluation) rows: as the settings say, or where a file has fewer, a fifth of them held out."""
+    if usable >= settings.train_rows + settings.eval_rows:
+        return settings.train_rows, settings.eval_rows
+    held_out = min(settings.eval_rows, usable // 5) if usable >= LEAST_ROWS else 0
+    return min(settings.train_rows, usable - held_out), held_out
+
+
+def _asked(row, place: str) -> str:
+    """What makes a row's question that question. Raises MedcotError for options or an answer that cannot be graded."""
+    if carries_choices(row):
+        return same_question(read_choices(row, place))
+    accepted_answers(row, place)
+    return normalise(row["Question"])
 
 
 def fingerprint(*splits) -> str:

@@ -95,6 +95,12 @@ class Settings:
     """Configuration of a hub data set; not used for files."""
     dataset_revision: str | None = None
     """Commit, tag or branch of a hub data set; None takes the newest and records which it was."""
+    question_column: Name = "Question"
+    """Column that holds the question."""
+    reasoning_column: Name = "Complex_CoT"
+    """Column that holds the chain of thought."""
+    response_column: Name = "Response"
+    """Column that holds the answer."""
     train_rows: Count = 500
     """Training rows: the first ones of the data set."""
     eval_rows: Count = 100

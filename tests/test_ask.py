@@ -149,9 +149,13 @@ def test_every_case_of_any_seed_can_be_asked(seed, family, held_out):
     assert missing(make_row(random.Random(seed), family, held_out)["Question"]) == []
 
 
-@given(st.text())
-def test_other_words_cannot(text):
-    assert missing(text) is None
+@given(st.integers(0, 10**9), st.sampled_from([*FAMILIES, SINGLE_STEP]), st.text(min_size=1, max_size=12), st.data())
+def test_one_phrase_in_other_words_is_enough_to_be_outside(seed, family, word, data):
+    question = make_row(random.Random(seed), family, True)["Question"]
+    at = data.draw(st.sampled_from([i for i, sign in enumerate(question) if question[i : i + 2] in (", ", "; ")]))
+    foreign = f"my {word} hurts".replace(", ", " ").replace("; ", " ")
+    assert missing(f"{question[:at]}, {foreign}{question[at:]}") is None
+    assert missing(word) is None
 
 
 @pytest.mark.parametrize(
@@ -264,6 +268,28 @@ def test_in_a_notebook_it_stays_readable_where_no_script_runs(out):
     assert "I only know seven scores" in static[0] and "Who are you? &lt;b&gt;" in static[0]
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in shown)
     assert "I only know seven scores" in clicked[-1]["text"]
+
+
+def test_the_chat_shows_an_answer_while_it_is_written_and_says_what_is_wrong(asking):
+    from medcot.chat import BOTH, _Chat
+
+    model, tokenizer, settings = asking
+    chat, seen = _Chat(model, tokenizer, settings), []
+    chat.said.observe(lambda change: seen.append(change["new"]), names="value")
+    chat.switch.value, question = BOTH, examples(settings)[3]
+    assert chat.field.value == examples(settings)[0]
+    chat.field.value = question
+    chat.button.click()
+    assert len(seen) > 10 and "<details open>" in seen[0] and "<details open>" not in seen[-1]
+    answers = ask_both(model, tokenizer, question, settings)
+    assert all(page(text, tokenizer.eos_token) in seen[-1] for text in answers.values())
+    chat.field.value = " "
+    chat.button.click()
+    assert (
+        "is no question: ask in words" in seen[-1] and question.split(":")[0] in seen[-1] and not chat.button.disabled
+    )
+    with_base_alone = _Chat(model.get_base_model(), tokenizer, replace(settings, model="house/other"))
+    assert with_base_alone.switch.options == (BASE,) and with_base_alone.field.value == ""
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------

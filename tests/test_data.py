@@ -10,6 +10,7 @@ from datasets import Dataset
 from medcot import audit, load_splits, to_examples
 from medcot.data import SHOWCASE_QUESTION, normalise
 from medcot.prompts import format_completion, format_prompt
+from medcot.rows import COLUMNS
 from medcot.settings import MedcotError
 
 
@@ -109,7 +110,7 @@ def test_a_bad_source_is_one_error_with_the_cure(few, tmp_path, name, content, w
 
 
 def test_too_few_rows_name_the_numbers(few, tmp_path):
-    with pytest.raises(MedcotError, match=r"has 7 usable rows.*train_rows=5 and eval_rows=3.*lower them"):
+    with pytest.raises(MedcotError, match=r"has 7 usable rows .* at least 10 are needed"):
         load_splits(replace(few, dataset=write(tmp_path / "rows.jsonl", rows(7))))
 
 
@@ -206,3 +207,54 @@ def test_words_that_pandas_takes_for_nothing_are_text(settings, tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
     found = load_splits(replace(settings, dataset=str(tmp_path / "rows.csv")))
     assert found.train["Response"][:6] == words and not any(found.dropped.values())
+
+
+def test_thirty_rows_are_enough_to_try_and_one_line_says_what_is_held_out(settings, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", rows(30))
+    found = load_splits(replace(settings, dataset=file))
+    assert (len(found.train), len(found.eval)) == (24, 6)
+    assert not set(found.train["Question"]) & set(found.eval["Question"])
+    assert "24 training and 6 evaluation rows from" in capsys.readouterr().out
+    load_splits(replace(settings, dataset=write(tmp_path / "many.jsonl", rows(200))))
+    assert "64 training and 12 evaluation rows from" in (said := capsys.readouterr().out) and ", 124 left unused" in said
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_tables_are_cut_at_what_their_first_line_says(settings, tmp_path, separator, ending):
+    file = tmp_path / f"rows{ending}"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, delimiter=separator)
+        writer.writeheader()
+        writer.writerows(row | {"Response": "One, two; three."} for row in rows(90))
+    assert load_splits(replace(settings, dataset=str(file))).train[0]["Response"] == "One, two; three."
+
+
+def test_columns_can_be_named(settings, tmp_path):
+    made = [{"title": row["Question"], "notes": row["Complex_CoT"], "answer": row["Response"], "Question": "x"} for row in rows(90)]
+    named = {"question_column": "title", "reasoning_column": "notes", "response_column": "answer"}
+    found = load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made), **named))
+    assert [found.train[0][column] for column in COLUMNS] == ["Why 0?", "Because 0.", "So 0."]
+    with pytest.raises(MedcotError, match=r"has no column titel; it has .*title.* name them \(question_column"):
+        load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made), **named | {"question_column": "titel"}))
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_rows_may_be_chats(settings, tmp_path):
+    made = [chat(("system", "You are."), ("user", f"Why {i}?"), ("assistant", f"<think>\nBecause {i}.\n</think>\nSo {i}.")) for i in range(90)]
+    found = load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made)))
+    assert [found.train[3][column] for column in COLUMNS] == ["Why 3?", "Because 3.", "So 3."]
+    made[2] = chat(("user", "Why?"), ("assistant", "So."), ("user", "Why?"))
+    with pytest.raises(MedcotError, match=r"row 2: messages are of user, assistant, user: give one turn"):
+        load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made)))
+
+
+def test_options_that_cannot_be_graded_are_named_when_rows_are_loaded(settings, tmp_path):
+    made = [row | {"options": {"A": "a", "B": "b"}, "answer": "A"} for row in rows(90)]
+    assert load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made)))
+    made[70] |= {"answer": "C"}
+    with pytest.raises(MedcotError, match=r"row 70: answer 'C' is out of range for its 2 choices"):
+        load_splits(replace(settings, dataset=write(tmp_path / "rows.jsonl", made)))

@@ -17,13 +17,13 @@ import torch
 from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
-from medcot.tokenizer import load_tokenizer
 from safetensors.torch import load_file
 
 from medcot import export as package
 from medcot.export import export, parity
 from medcot.export import gguf as writing
 from medcot.export.merged import MergedWeights
+from medcot.tokenizer import load_tokenizer
 from medcot.prompts import INSTRUCTION, format_prompt
 from medcot.settings import EMBEDDED_MODEL, NOTICE, MedcotError
 
@@ -135,7 +135,7 @@ def test_every_kind_says_what_the_adapter_says(trained, tmp_path, capsys):
         assert str(REPOSITORY) not in card and str(tmp_path) not in card
     # With a merged folder of the same adapter beside it, the GGUF's table holds all three.
     assert [row["name"] for row in found][:2] == ["merged", "ollama (q8_0, by transformers)"]
-    assert "kept in" in capsys.readouterr().out
+    assert "Kept in" in capsys.readouterr().out
 
 
 def test_the_structure_of_the_8b(llama3, tmp_path):

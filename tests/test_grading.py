@@ -173,6 +173,148 @@ def test_any_text_is_read(pieces):
     assert chosen is None or "ABCD"[chosen] in text.upper() or DRUGS[chosen] in text
 
 
+# Sentences written after the extraction and mended by: what they taught is kept.
+SPOKEN_OF = (
+    "Aspirin does nothing for this infection.",
+    "I would steer clear of aspirin.",
+    "Aspirin would be a mistake.",
+    "There is no evidence for aspirin here.",
+    "Aspirin is a poor choice.",
+    "Aspirin isn't the answer.",
+    "It can't be aspirin.",
+    "It is not A.",
+    "I'd not go with A.",
+    "A seems unlikely.",
+    "A is tempting.",
+    "A is a common distractor.",
+    "A makes no sense.",
+    "A can be crossed out.",
+    "Cross out A.",
+    "Let us set aside A.",
+    "We discard option A at once.",
+    "A doesn't work.",
+    "Aspirin was stopped last week.",
+    "The patient is allergic to aspirin.",
+    "His mother takes aspirin.",
+    "Aspirin is an antiplatelet drug. It inhibits cyclooxygenase.",
+    "More tests are needed. Aspirin can wait.",
+    "Aspirin may help.",
+    "Aspirin could be tried.",
+    "Perhaps aspirin.",
+    "The choice is between aspirin and morphine.",
+    "Aspirin versus morphine: a close call.",
+    "Both aspirin and morphine have their place.",
+    "Aspirin and morphine are both acceptable.",
+    "Start aspirin and ceftriaxone.",
+    "It depends on whether aspirin was given.",
+    "Consider aspirin; also consider morphine.",
+    "Top candidates: A, B.",
+    "A (50 %), B (50 %).",
+    "A? B? Hard to know.",
+    "I'm undecided: A or C.",
+    "The correct answer is either A or C.",
+    "My answer would be A or maybe C.",
+    "The answer may be A.",
+    "I can't rule out A.",
+    "A cannot be ruled out.",
+    "The question is about aspirin.",
+    "You asked about aspirin.",
+    "Which drug? Aspirin? Morphine?",
+    "Read the options again: aspirin, ceftriaxone, morphine, vitamin C.",
+    "If the platelet count is normal, aspirin is the answer; otherwise it is morphine.",
+    "The answer depends: A if he is young, B if he is old.",
+    "I refuse to choose.",
+    "The answer is unknown.",
+    "The correct option is not given here.",
+    "There is no single best answer.",
+    "A, B, C and D are all wrong.",
+    "Neither A nor B nor C nor D.",
+    "All of A, B and C are right.",
+    "Everyone picks A, but I do not know why.",
+    "Someone who answers A has overlooked the fever.",
+    "Answering A would be wrong.",
+    "To choose A is to ignore the fever.",
+    "Choosing A would ignore the fever.",
+    "Option A treats fever. Option B treats the cause. Option C treats pain.",
+    "I can't decide between B and C.",
+    "Any of these could be right; more data are needed.",
+    "It would be unwise to give aspirin to this child.",
+    "Avoid aspirin.",
+    "Stop aspirin.",
+    "Aspirin should be avoided.",
+    "Could be aspirin, could be morphine.",
+    "The patient has taken aspirin before. Please tell me the results of the lumbar puncture.",
+    "Was ceftriaxone given? Does the patient take aspirin?",
+    "Thank you for the question. Options include aspirin and ceftriaxone. I am unable to recommend one.",
+    "Whether ceftriaxone is right depends on allergies.",
+    "I need to know about allergies before recommending ceftriaxone.",
+    "Ceftriaxone would be reasonable if bacterial meningitis were confirmed, otherwise morphine for the pain.",
+    "Depending on the results, A, B or C.",
+    "Not enough information. The answer could be B.",
+    "Leaning B but A is equally plausible.",
+    "The options: A) Aspirin B) Ceftriaxone C) Morphine D) Vitamin C",
+    "Differential: meningitis, encephalitis. Drugs to think of: ceftriaxone, aspirin.",
+    "None of these is right.",
+    "A and B.",
+    "Question: which drug?\nA) Aspirin\nB) Ceftriaxone\nC) Morphine\nD) Vitamin C\nI do not know.",
+)
+CHOSEN = (
+    ("The best choice among these would be to administer ceftriaxone intravenously.", 1),
+    (
+        "**Answer: (B) Ceftriaxone**\n\n**Explanation**\n\n* **Option A (Aspirin)**: used for fever, not infection.\n* **Option C (Morphine)**: used for pain.\n* **Option D (Vitamin C)**: not indicated.",
+        1,
+    ),
+    (
+        "| Option | Comment |\n|---|---|\n| A | antiplatelet |\n| B | covers the pathogen – best |\n| C | opioid |\n| D | vitamin |\n\n**B** is therefore correct.",
+        1,
+    ),
+    (
+        "Let me rule out the wrong ones. Aspirin: no antibacterial effect. Morphine: no antibacterial effect. Vitamin C: no effect. So we're left with ceftriaxone.",
+        1,
+    ),
+    ("I'm inclined to say B.", 1),
+    ("B, definitely.", 1),
+    ("Clearly B.", 1),
+    ("That would be B.", 1),
+    ("That's B.", 1),
+    ("The answer you're looking for is B.", 1),
+    ("B) Ceftriaxone is the correct answer. A) Aspirin is an NSAID. C) Morphine is an opioid.", 1),
+    (
+        "The correct answer is **B: Ceftriaxone**. Options A, C, and D are incorrect because they do not treat the infection.",
+        1,
+    ),
+    (
+        "Correct answer is option B. Option A is not correct since it is an NSAID. Option C is not correct since it is an opioid. Option D is not correct.",
+        1,
+    ),
+    ("While A could be considered, B is more appropriate.", 1),
+    ("The likeliest choice is ceftriaxone, although morphine cannot be fully excluded.", 1),
+    ("Ceftriaxone is most appropriate here, although aspirin may be added later.", 1),
+    ("My answer is option B; I considered A and C but rejected both.", 1),
+    ("Hmm, A? No wait, B. Yes, B.", 1),
+    ("First I thought of aspirin. But the fever and neck stiffness point to meningitis. So ceftriaxone is right.", 1),
+    ("Final Answer: The final answer is $\\boxed{B}$. I hope it is correct.", 1),
+    ("Therefore, the final answer is (B).", 1),
+    ("**Final answer**\n\nB – Ceftriaxone", 1),
+    ("final_answer = 'B'", 1),
+    ("#### B", 1),
+    ("The answer is: \n\n(B) Ceftriaxone.", 1),
+    ("Based on this, the patient has A fib. and needs aspirin.", 0),
+    ("Options A and D can be eliminated. Between B and C, B is better.", 1),
+    ("Only option B treats the cause. A, C and D only treat symptoms.", 1),
+)
+
+
+@pytest.mark.parametrize("text", SPOKEN_OF)
+def test_an_option_that_is_only_spoken_of_is_not_chosen(text):
+    assert extract_choice(text, DRUGS) is None
+
+
+@pytest.mark.parametrize(("text", "expected"), CHOSEN)
+def test_an_option_that_is_chosen_in_free_words_is_found(text, expected):
+    assert extract_choice(text, DRUGS) == expected
+
+
 # --- outcomes ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ _SKIP = (
     r"(?:[\s:\"'(\[>,-]|\b(?:therefore|thus|hence|then|clearly|definitely|most|likely|probably|indeed|option|choice|letter|answer|the|"
     r"an?|to|be|give|that|of|by|far|patient|with)\b)*"
 )
-_RIGHT = r"(?:correct|right|best|better|answer|true|preferred|most \w+|appropriate|accurate|superior|the key|first-line|(?:\w+ ){1,3}of choice)\b"
+_RIGHT = r"(?:correct|right|best|better|answer|true|preferred|most \w+|appropriate|accurate|superior|the key|choice|pick|one (?:to|that)|(?:\w+ ){1,3}of choice)\b"
 _CHOOSE = (
     r"(?:choose|chose|pick|select|go(?:ing)? (?:with|for)|went with|opt for|answer|say|settle on|conclude(?: that it is)?|favou?r|vote for|"
     r"arrive at|give|recommend|prescribe|start|order|choosing|picking|mark|keep)"
@@ -29,6 +29,7 @@ _FINAL = (rf"\bfinal (?:answer|choice|decision)(?:{_IS})?{_SKIP}@",)
 _STATED = (
     rf"{_ANSWER}{_IS}{_SKIP}@",
     r"^\W*(?:the )?(?:correct |right |best )?answer\W{1,4}@",
+    r"\b(?:correct|right|best) \w+:\s*@",
     rf"\b(?:correct|right|best|most \w+|answer|appropriate|suitable)\b~{{0,60}}\b(?:is|would be|must be|should be){_SKIP}@",
     rf"@[\s\"')]*(?:(?:is|are|was|would be|must be|remains|seems|as)\b|[|:=–—-])[\s:|–—-]*"
     rf"(?:(?:clearly|definitely|therefore|thus|also|indeed|likely|by far|the|an?|our|my|only|single|one)\b\s*)*{_RIGHT}",
@@ -36,14 +37,17 @@ _STATED = (
     rf"\b(?:I|we|you)(?:'d|'ll|'m| would| will| should| am| must| have to|)"
     rf"(?: (?:therefore|thus|definitely|still|rather|probably|going to))* {_CHOOSE}\b{_SKIP}@",
     rf"(?:^|[:;,.]\s*|\bso |\btherefore |\bplease )(?:choose|select|pick|keep|mark|tick|go (?:with|for))\b{_SKIP}@",
-    rf"\b(?:choos(?:e|ing)|select(?:ed|ing)?|chosen)(?: (?:answer|option|choice|is))*(?:{_IS})?{_SKIP}@",
-    r"@ (?:it is|stands out|fits? (?:best|it best|well|every\w*|all))\b",
+    rf"\b(?:select(?:ed|ion)?|chosen)(?: (?:answer|option|choice|is))*{_IS}{_SKIP}@",
+    r"@[\s:–—-]*\b(?:it is|stands out|fits? (?:best|it best|well|every\w*|all))\b",
     rf"\b(?:leaves?|leaving|left with|arrive at|boils down to)(?: (?:us|me|only|with))*{_SKIP}@",
 )
 _ARGUED = (
     r"\b(?:most likely|likely|probably|best|diagnosis|suggest\w*|consistent with|indicat\w+|point(?:s|ing)? to(?:wards?)?|support\w*|"
     r"therefore|thus|hence|so|recommend\w*|should|appropriate|next step|treatment|called|known as|named|termed|confirm\w*|only|"
     r"explained by|caused by|due to|needs?|requires?|use|give|start|perform|order|remains?|leaves)\b~*@",
+    r"\b(?:be|is|are|has|have|case of)\s+(?:(?:an?|the|chronic|acute)\s+)*@\W*$",
+    r"\bacts? (?:on|in|at)\b~*@",
+    r"\bthis occurs in (?:the )?@",
     r"^\W*(?:but|yet)\W+(?:rather )?(?:\w+ ){0,2}@",
     rf"\b(?:it is|it's|this is|these are|that is|it must be|this must be|which is|i'd say|i think|say|go for)\b{_SKIP}@",
     r"^\W*(?:\w+ ){0,3}@~*\b(?:fits?|explains?|accounts? for|likely|best|remains?|appropriate|recommended|indicated|preferred|because|"
@@ -53,7 +57,7 @@ _NO = (
     r"(?i)\b(?:not|never|neither|nor|no|without|incorrect|wrong|false|unlikely|(?:less|least) (?:likely|appropriate|suitable|probable)|"
     r"inappropriate|contraindicated|unnecessary|insufficient|inadequate|excluded?s?|excluding|rul(?:e[sd]?|ing) out|ruled|eliminat\w+|"
     r"reject\w*|dismiss\w*|discard\w*|except|unlike|cannot|rather than|instead of|as opposed to|versus|vs|fails?|lacks?|against|"
-    r"implausible|irrelevant|unrelated|inconsistent|invalid|inferior|other than|than|doubt\w*|worse|"
+    r"implausible|irrelevant|unrelated|inconsistent|invalid|inferior|unwise|unsafe|harmful|dangerous|avoid\w*|stop|stopp\w+|discontinu\w+|withh\w+|cross(?:ed)? out|set aside|steer|clear of|allerg\w+|poor|bad|mistake|ignor\w+|overlook\w*|nothing|other than|than|doubt\w*|worse|"
     r"would (?:need|require|present|cause|show|have|expect|worsen|delay|harm)|is out|are out|expected (?:only )?in|falsch|incorrecta)\b"
     r"|n't\b|^\W*over\b"
 )
@@ -61,19 +65,19 @@ _PERHAPS = (
     r"(?i)\b(?:may|might|could|possibl[ey]|possibilit\w*|seen in|perhaps|maybe|plausible|consider\w*|whether|if|unless|differential|"
     r"includ\w+|such as|like|e\.g\.|for example|initially|at first|first(?!-)|originally|thought|lean\w*|tempt\w*|mistake\w*|students?|"
     r"distractor|history of|either|between|among(?! (?:the (?:options|choices|answers)|these|those))|think about|both|"
-    r"(?:options|choices) (?:are|were)|unsure|uncertain|unable|determine|difficult|hard to|unclear|more information|depends|"
+    r"(?:options|choices) (?:are|were)|otherwise|unsure|uncertain|unable|before|previously|already|taken|was given|determine|difficult|hard to|unclear|more information|depends|"
     r"would have been|alternatives?|although|though|while|despite|even|(?:as|is) an option|(?:and so|as) (?:is|are|do|does)|many|some|"
     r"most (?:people|candidates)|sometimes|often|usually|commonly|comes? to mind)\b"
 )
 _SUPPOSED = (
-    r"(?i)\b(?:unless|whether|students?|many|some|people|either|both|thought|wondered|(?:hard|difficult|impossible) to|unable|sure if|"
+    r"(?i)\b(?:unless|whether|students?|many|some|people|either|both|thought|wondered|(?:hard|difficult|impossible) to|unable|sure if|otherwise|someone|everyone|"
     r"initially|at first|if (?!(?:I|we|you) ))\b"
 )
 _PROVIDED = r"(?i)^\W*(?:if|unless)\b(?! (?:I|we|you|one|forced|pressed|asked|only)\b)"
 _CAN_NOT_SAY = (
     r"(?i)\b(?:cannot|can't|can not|unable to|do not|don't|not possible to|impossible to|not enough|insufficient|(?:difficult|hard) to|"
     r"more)\b[^.\n]{0,30}\b(?:determine|say|tell|answer|know|choose|decide|select|information|data|details|help)\b"
-    r"|\b(?:not|un)(?: ?sure|certain)\b|\?\W*$"
+    r"|\b(?:not|un)(?: ?sure|certain)\b|\b(?:tell|let|give) (?:me|us)\b|\bplease (?:provide|send|share)\b|\bneed to know\b|\?\W*$"
 )
 _TURN = r"(?i)\b(?:wait|actually|on second thoughts?|correction|let me (?:reconsider|correct)|scratch that|change my|on reflection|no, )"
 _SENTENCE = re.compile(r"(?<!\bvs\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.)(?<=[.!?;])\s+")
@@ -81,7 +85,7 @@ _CLAUSE = re.compile(
     r"(?i),? (?=\b(?:but|yet|while|whereas|although|though|unlike|rather than|instead of|as opposed to|because|since|over|than|"
     r"and not|not as|nor)\b)|, (?:and )?(?=not\b)|, |\s[-–—]\s|: (?=not\b)| \((?=not\b)"
 )
-_JOINED = rf"(?:[\s,/)]*(?:and/or|and|or|&)?[\s,/(]*(?:options? )?{MARK})*"
+_JOINED = rf"(?:[\s,/)]*(?:and/or|and|or|&)?[\s,/(]*(?:(?:maybe|perhaps|possibly|even|options?) )*{MARK})*"
 _LISTED = re.compile(
     rf"{MARK}(?=(?:[\s,/()<>&+]|\b(?:and|or|the|an?|option|choice|then|plus|as well as|even|also|with|to|[A-Z]\d?)\b)*[,/<>&+]?"
     rf"(?:[\s,/()<>&+]|\b(?:and|or|the|an?|option|choice|plus|even|also|with|to|[A-Z]\d?)\b)*{MARK})"
@@ -153,6 +157,10 @@ def _said(marked: str) -> dict[str, set[int]]:
                 passed |= _weigh(sentence, said)
             else:
                 passed |= _options(sentence) - set().union(*stated.values())
+    if re.match(rf"\W*(?:\w+ )?{MARK}[^.!?;\n]*[.!?]?\s*$", marked) and len(marked.split()) <= 8 and not passed:
+        said["mentioned"] |= (
+            _options(marked) if len(_options(marked)) == 1 and not re.search(_PERHAPS, marked) else set()
+        )
     short = len(marked.split()) <= 40
     first = _options(_SENTENCE.split(marked.strip().split("\n")[0])[0])
     said["mentioned"] -= passed
@@ -173,13 +181,25 @@ def _weigh(sentence: str, said) -> set[int]:
         turned = re.match(r"(?i)\W*(?:but|yet|however|so|therefore)\b", clause)
         if not re.search(_PROVIDED, sentence) and (argued or turned or not re.search(_PERHAPS, sentence)):
             favoured |= dict.fromkeys(options, "argued" if argued else "mentioned")
+            if not argued and not _is_named(clause):
+                favoured |= dict.fromkeys(options, "passing")
         else:
             passed |= options
     if len(favoured) == 1:
         ((option, rank),) = favoured.items()
+        if rank == "passing":
+            return passed
         said[rank].add(option)
         return passed - {option}
     return passed | set(favoured)
+
+
+def _is_named(clause: str) -> bool:
+    """Whether a clause says little but an option: "IV ceftriaxone 2 g", and not "aspirin can wait"."""
+    others = re.sub(MARK, " ", clause).split()
+    return len(others) <= 3 and not re.search(
+        r"(?i)\b(?:is|are|was|were|can|has|had|do|does|takes?|answers?)\b", clause
+    )
 
 
 def _enumerated(sentence: str) -> set[int]:
@@ -206,6 +226,9 @@ def _stated(sentence: str, patterns) -> set[int]:
         supposed = r"(?i)\W*(?:would be|is|are)?\W*(?:\w+ ){0,4}(?:if|unless)\b"
         if re.match(denied, after) or re.match(supposed, sentence[match.end() :]):
             continue
+        with_it = re.search(rf"{MARK}[\s,]*(?:\b(?:and|or|nor)\b|[&/])\s*(?:options? )?$", sentence[: match.start("o")])
+        if with_it and not re.search(r"(?i)\bbetween\W*$", sentence[: with_it.start()]):
+            stated |= _options(with_it[0])
         joined = re.match(_JOINED, after)[0]
         whole = re.search(r"\b(?:and|or)\b|[/&]", joined) or re.fullmatch(r"[\s.]*", after[len(joined) :])
         stated |= {ord(match["o"]) - FIRST} | (_options(joined) if whole else set())

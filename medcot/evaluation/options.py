@@ -15,6 +15,7 @@ _PLAIN = (
     (r"(?is)[<\[](?:final[ _-]?)?(?:answer|choice|option|response)[>\]]\s*(.*?)\s*[<\[]/[\w -]+[>\]]", r"\nfinal answer: \1\n"),
     (r"(?i)[\"'](?:\w*[ _])?(?:answer|choice|option|letter|selected)\w*[\"']\s*:\s*([\"'])(.*?)\1", r"\nfinal answer: \2\n"),
     (r"```\w*|</?\w+>|\*|__|`|~~|\\[()\[\]]|\$|(?m:^#+\s)", ""),
+    (r"(?<=[^\W_])_(?=[^\W_])", " "),
     (r"[✓✔✅☑]\ufe0f?", " correct "),
     (r"[✗✘❌❎×]\ufe0f?(?!\d)", " incorrect "),
     (r"[“”«»]", '"'),
@@ -29,17 +30,18 @@ _AFTER = r"(?:is|are|was|were|isn't|and|or|nor|vs|versus|because|as|since|due|wo
          r"explains?|describes?|represents?|remains?|refers|offers|provides|gives|it|here|over|rather|instead|not|but|" \
          r"while|whereas|than|with|given|by|based|best|makes?|stands?|only|also|too|out|incorrect|correct|wrong|right|" \
          r"unlikely|therefore|for|if|alone|mentions|suggests|lists|though|although|looks?|sounds?|lacks?|fails?|above|below|on|in|at|from|after|when)"  # fmt: skip
-_END = rf"(?=\s*(?:$|\n|[,;:!?|)\]\"'}}/]|[-–—=<>]+\s|\.(?:\s*$|\s*\n|\s+[A-Z\d\ue000-\ue0ff]|[)\"'])|\(|{MARK})|\s+{_AFTER}\b)"
+_END = rf"(?=\s*(?:$|\n|[,;:!?|)\]\"'}}/]|[-–—=<>]+\s|\.(?:\s*$|\s*\n|\s+[A-Z\d\ue000-\ue0ff]|[)\"']|\s*{MARK})|\(|{MARK})|\s+{_AFTER}\b)"
 _WRAPPED = r"(?<![\w)])[(\[](?P<wrapped>[A-Za-z])[.:]?[)\]]"
 _LABEL = rf"(?m:^)[\s>|•\-–—\"]*(?:\d+[.)]\s)?(?P<label>[A-Za-z])(?:\)|[.:](?=\s*(?:$|\n|[^\sa-z]))|\s*\||\s[-–—]+>?\s|(?=\s*$|\s*\n)|(?=\s*{MARK}))"
 _CUED = (
     r"(?i:\b(?:answer|option|choice|alternative|letter|antwort|respuesta|réponse|reponse|risposta|resposta|correcta|key)s?"
     r"(?:\s+(?:choice|option|letter))?\b[\s:=>\-–—\"'(\[]*(?:(?:is|are|be|would be|must be|should be|ist|es|est)\b)?[\s:\"'(\[]*"
     r"(?:(?:therefore|thus|clearly|definitely|most likely|likely|option|choice|letter|indeed)\b)?[\s:\"'(\[]*)(?P<cued>[A-Za-z])"
-    rf"(?![\w'-])(?![.]\s+[a-z]){_END}"
+    rf"(?!\w|['-]\w)(?![.]\s+[a-z]){_END}"
 )
-_BARE = rf"(?<![\w'.°\-])(?<!\w\w/)(?P<bare>[A-Z])(?![\w'-]){_END}"
-_LETTER = re.compile(f"{_CUED}|{_WRAPPED}|{_LABEL}|{_BARE}")
+_BARE = rf"(?<![\w.°\-])(?<!\w')(?<!\w\w/)(?P<bare>[A-Z])(?!\w|['-]\w){_END}"
+_NAMED_SO = r"(?i:\b(?:option|choice)\s+[(\"\[]*)(?P<named>[A-HJ])(?!\w|['-]\w)(?!\.\s+[a-z])"
+_LETTER = re.compile(f"{_CUED}|{_NAMED_SO}|{_WRAPPED}|{_LABEL}|{_BARE}")
 
 
 def mark_options(text: str, choices) -> str:
@@ -68,7 +70,7 @@ def _letter(match, choices) -> str:
     if kind != "label" and re.search(rf"(?i)\b{_NAMED}[\s(]*$", before):
         return match[0]
     start = match.start(kind) - match.start()
-    lead = match[0][:start].rstrip("([") if kind in ("cued", "wrapped", "label") else ""
+    lead = match[0][:start].rstrip("([") if kind in ("cued", "named", "wrapped", "label") else ""
     return f"{lead}{chr(FIRST + index)}{match[0][start + 1 :].lstrip(')]') if kind != 'wrapped' else ''}"
 
 

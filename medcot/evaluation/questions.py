@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..choices import read_choices, same_question
-from ..data import read_hub
+from ..rows import read_hub
 from ..settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
 
 

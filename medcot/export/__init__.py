@@ -87,7 +87,7 @@ def export(settings, kind: str, type: str = "q8_0", to: Path | None = None) -> P
         parity.write_parity(rows, fresh, facts | {"text_agrees": text})
         (fresh / "README.md").write_text(_card(made, rows, text), encoding="utf-8")
     print(parity.table(rows))
-    print(_said_of_text(made, text) + f"kept in {folder}. {NOTICE}")
+    print(_said_of_text(made, text) + f"Kept in {folder}. {NOTICE}")
     return folder
 
 
@@ -221,10 +221,10 @@ def _said_of_text(made: Export, text: bool) -> str:
     if not _is_gguf(made):
         return ""
     if text:
-        return "text read by the file's own vocabulary gives the adapter's tokens; "
+        return "Text read by the file's own vocabulary gives the adapter's tokens. "
     return (
-        "llama.cpp has no name for how this tokenizer cuts text into words, so it reads text otherwise and answers worse than "
-        "measured: right for token ids only (the embedded model is such a one, the R1 Llamas are not); "
+        "Readers of GGUF have no name for how this tokenizer cuts text into words, so they read it otherwise and answer worse than "
+        "measured: right for token ids only (the embedded model is such a one, the R1 Llamas are not). "
     )
 
 
@@ -241,7 +241,7 @@ def _card(made: Export, rows: list, text: bool) -> str:
         f"# {made.weights.adapter.name}, {made.name}\n\n{NOTICE}\n\nBase: {_base_name(made)}; "
         f"{_origin(made)}.\n\nUse: {use}\n\n## Compared with the adapter\n\nTen fixed prompts, read by stock transformers; "
         f"the adapter beside the same base is the reference.\n\n{table(rows)}\n"
-        + (f"\n{_said_of_text(made, text).removesuffix('; ').capitalize()}.\n" if _is_gguf(made) else "")
+        + (f"\n{_said_of_text(made, text).rstrip()}\n" if _is_gguf(made) else "")
     )
     return _with_run_card(made, own)
 

@@ -5,8 +5,9 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-from ..data import COLUMNS, SHOWCASE_QUESTION, Splits, encode_example, normalise
+from ..data import SHOWCASE_QUESTION, Splits, encode_example, normalise
 from ..prompts import THINK_CLOSE, THINK_OPEN
+from ..rows import COLUMNS
 from ..settings import EMBEDDED_CASES
 
 INK, LIMIT = "#1f5a96", "#c4561b"

@@ -180,7 +180,7 @@ def run_training(settings, stop_after: int | None = None):
     model, tokenizer = load_model(settings)
     print(audit(splits, tokenizer, settings))
     examples = to_examples(splits.train, tokenizer, settings, show=False)
-    held_out = to_examples(splits.eval.select(range(settings.eval_loss_rows)), tokenizer, settings, show=False)
+    held_out = to_examples(splits.loss_rows(settings), tokenizer, settings, show=False)
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings, held_out)
     if stop_after is not None:
         from .callbacks import StopAfter
