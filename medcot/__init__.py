@@ -16,12 +16,13 @@ from .evaluation import (
     write_run_card,
 )
 from .model import add_lora, load_model, save_adapter
+from .profiles import PROFILES, load_settings
 from .prompts import format_example, format_prompt, parse_completion
 from .run.answers import generate_answers
 from .run.audit import audit
 from .run.preflight import check_machine
 from .run.resume import train, train_on_all_gpus
-from .settings import PROFILES, MedcotError, Settings, load_settings
+from .settings import MedcotError, Settings
 from .tokenizer import load_tokenizer
 from .training import make_trainer
 

@@ -5,7 +5,8 @@ import html
 
 from .asking import BASE, TUNED, ask, ask_both, examples, page, stream
 from .model import load_model
-from .settings import NOTICE, MedcotError, load_settings
+from .profiles import load_settings
+from .settings import NOTICE, MedcotError
 
 BOTH = "both"
 ALONE = "Each question stands alone: the model was trained on single questions and remembers none."

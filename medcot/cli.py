@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from . import __version__
-from .settings import NOTICE, PROFILES, VARIABLES, MedcotError, load_settings, read_settings
+from .environment import VARIABLES
+from .profiles import PROFILES, load_settings, read_settings
+from .settings import NOTICE, MedcotError
 
 NOTEBOOKS = ("01_baseline", "02_finetune", "03_compare")
 _SHORT = {

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import identity
+from .environment import prepare_environment
 from .files import check_disk, finish_swap, swap_folder
 from .hub import hub_revision, patiently
-from .settings import NOTICE, MedcotError, prepare_environment
+from .settings import NOTICE, MedcotError
 from .tokenizer import load_tokenizer, reason
 
 ADAPTER_FILES = (

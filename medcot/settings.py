@@ -1,29 +1,18 @@
-"""Every number of a run: the settings with their limits, and the profiles."""
+"""Every number of a run, with its limits."""
 
 import difflib
 import functools
-import json
-import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .environment import (
-    NOTICE,
-    VARIABLES,
-    MedcotError,
-    check_output,
-    default_output,
-    kaggle_root,
-    on_kaggle,
-    prepare_environment,
-)
+from .environment import NOTICE, MedcotError, kaggle_root, on_kaggle
 
-__all__ = ["ADAPTER_FOLDER", "EMBEDDED_CASES", "EMBEDDED_MODEL", "HELD_OUT_SEED", "NOTICE", "PROFILES", "MedcotError", "Settings",
-           "kaggle_root", "load_settings", "on_kaggle", "prepare_environment", "read_settings"]  # fmt: skip
+__all__ = ["ADAPTER_FOLDER", "EMBEDDED_CASES", "EMBEDDED_MODEL", "HELD_OUT_SEED", "NOTICE", "MedcotError", "Settings",
+           "kaggle_root", "neighbour", "on_kaggle"]  # fmt: skip
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
 EMBEDDED_CASES = "embedded cases"
@@ -57,13 +46,14 @@ def _complaint(error: dict) -> str:
         return error["msg"].removeprefix("Value error, ")
     name, message = error["loc"][0], error["msg"].replace("Input should be", "must be")
     if error["type"] == "unexpected_keyword_argument":
-        return _unknown(name, [field.name for field in fields(Settings)])
+        return neighbour(name, [field.name for field in fields(Settings)])
     if error["type"] == "string_pattern_mismatch":
         message = "must not be empty: name one"
     return f"{name}={error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _unknown(name: str, known) -> str:
+def neighbour(name: str, known) -> str:
+    """In words, that a name is unknown, and the known one that it is nearest to."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"{name} is unknown: " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
 
@@ -232,8 +222,8 @@ class Settings:
 
         processes = f" x {self.nproc_per_node} processes" if self.nproc_per_node > 1 else ""
         lines = {
-            "model": f"{_short(self.model)}, {'4-bit' if self.load_in_4bit else '16-bit'}, on {self.device}",
-            "training rows": f"the first {self.train_rows:,} of {_short(self.dataset)}",
+            "model": f"{short(self.model)}, {'4-bit' if self.load_in_4bit else '16-bit'}, on {self.device}",
+            "training rows": f"the first {self.train_rows:,} of {short(self.dataset)}",
             "evaluation rows": f"the {self.eval_rows:,} after them, {self.answer_rows} answered in words",
             "steps": f"{self.max_steps} x {self.examples_per_step} examples = {self.max_steps * self.examples_per_step:,}",
             "examples a step": f"{self.per_device_train_batch_size} at once x {self.gradient_accumulation_steps}{processes}",
@@ -242,109 +232,12 @@ class Settings:
             "supervised": "reasoning and response"
             if self.completion_only_loss
             else "the whole text, question included",
-            "multiple choice": f"{self.choice_rows:,} questions of {_short(self.choice_dataset)}",
+            "multiple choice": f"{self.choice_rows:,} questions of {short(self.choice_dataset)}",
             "primary measure": self.primary_measure,
         }
         return pandas.DataFrame({"": lines})
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A model or data set by the last part of its name."""
     return "the embedded model" if name == EMBEDDED_MODEL else Path(name).name
-
-
-_KAGGLE_T4 = Settings(profile="kaggle-t4")
-# The same rows, the same eight examples a step and the same losses, arranged for speed (tests/benchmarks/README.md).
-_KAGGLE_T4_FAST = replace(
-    _KAGGLE_T4, profile="kaggle-t4-fast", per_device_train_batch_size=4, gradient_accumulation_steps=2,
-    padding_free=True, activation_memory_gib=8.0,
-)  # fmt: skip
-# The embedded model has 1 million parameters, not 8,072 million, and starts without the form of the reasoning: it needs
-# more, larger steps (250 x 16 cases, each seen once, at 3e-3) where the 8B only changes its manner. Only completions are
-# supervised, because the random findings in its questions have nothing to teach. The rest is the T4 recipe.
-_TINY = Settings(
-    profile="tiny", model=EMBEDDED_MODEL, dataset=EMBEDDED_CASES, device="cpu",
-    train_rows=4000, eval_rows=240, answer_rows=240, per_device_train_batch_size=16, gradient_accumulation_steps=1,
-    gradient_checkpointing=False, completion_only_loss=True, learning_rate=3e-3, max_steps=250, warmup_steps=20,
-    logging_steps=5, eval_steps=50, eval_loss_rows=64, save_steps=50, max_new_tokens=160, generation_batch_size=80,
-    # Its evaluation rows carry options themselves, so no other questions need be answered by generation.
-    choice_dataset=EMBEDDED_CASES, choice_rows=240, choice_answer_rows=0, chat_rows=240, primary_measure="right answer",
-)  # fmt: skip
-PROFILES = {
-    "kaggle-t4": _KAGGLE_T4,
-    "kaggle-t4-fast": _KAGGLE_T4_FAST,
-    # Kaggle's T4 session has two cards; 4 x 1 x 2 cards = the same eight examples a step.
-    "kaggle-t4x2": replace(_KAGGLE_T4_FAST, profile="kaggle-t4x2", gradient_accumulation_steps=1, nproc_per_node=2),
-    "tiny": _TINY,
-    "smoke": replace(
-        _TINY, profile="smoke", train_rows=64, eval_rows=12, answer_rows=6, per_device_train_batch_size=4,
-        max_steps=6, warmup_steps=1, logging_steps=1, eval_steps=3, eval_loss_rows=4, save_steps=3, max_new_tokens=96,
-        choice_rows=12, chat_rows=6,
-    ),
-}  # fmt: skip
-
-
-def load_settings(**changes) -> Settings:
-    """The settings of this session, with one printed line that says what was chosen and why.
-
-    `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4` and no GPU means `tiny`. The other
-    variables (`VARIABLES`) replace model, data, questions and folders, and `changes` any field: `load_settings(max_steps=100)`.
-    Raises MedcotError for an unknown name, whose nearest neighbour it names, for a profile that needs a GPU where there is
-    none, for an output folder that cannot be written to, and for one that holds another run (`identity.check`).
-    """
-    prepare_environment()
-    import torch  # here, because the rooms that only read settings start without it
-
-    for variable in os.environ:
-        if variable.startswith("MEDCOT_") and variable not in VARIABLES:
-            raise MedcotError(f"the environment variable {_unknown(variable, VARIABLES)}")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    profile = os.environ.get("MEDCOT_PROFILE")
-    why = "set by MEDCOT_PROFILE" if profile else f"found {gpu}" if gpu else "no CUDA GPU here"
-    profile = profile or ("kaggle-t4" if gpu else "tiny")
-    if profile not in PROFILES:
-        raise MedcotError(f"MEDCOT_PROFILE={profile!r} is unknown: choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
-    if settings.device == "cuda" and not gpu:
-        raise MedcotError(
-            f"profile {profile!r} needs a CUDA GPU and this machine has none: "
-            "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
-        )
-    settings = replace(settings, **_session(profile, gpu) | changes)
-    check_output(settings.output_dir)
-    from . import identity  # which knows settings
-
-    identity.check(settings)
-    print(
-        f"profile {settings.profile} ({why}), model {settings.model}, data {settings.dataset}, "
-        f"device {gpu if settings.device == 'cuda' else 'CPU'}, files in {settings.output_dir}"
-    )
-    return settings
-
-
-def _session(profile: str, gpu: str | None) -> dict:
-    """What machine and environment say of a run, by field."""
-    # Unsloth uses a GPU wherever it finds one, so a profile made for a CPU then runs there too.
-    found = {
-        "device": "cuda" if gpu else "cpu",
-        "output_dir": Path(os.environ.get("MEDCOT_OUT") or default_output(profile)).absolute(),
-    }
-    if on_kaggle():  # a session ends after 12 hours; what is attached to it is below /kaggle/input
-        found |= {"session_minutes": 700.0, "earlier_output": kaggle_root() / "input"}
-    named = {
-        "MEDCOT_MODEL": "model", "MEDCOT_DATASET": "dataset", "MEDCOT_CHOICES": "choice_dataset",
-        "MEDCOT_EARLIER": "earlier_output",
-    }  # fmt: skip
-    return found | {field: os.environ[variable] for variable, field in named.items() if os.environ.get(variable)}
-
-
-def read_settings(file: Path) -> Settings:
-    """The settings that were written to a file as JSON. Raises MedcotError for a file that is not such."""
-    prepare_environment()
-    try:
-        return Settings(**json.loads(Path(file).read_text(encoding="utf-8")))
-    except MedcotError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise MedcotError(
-            f"{file} holds no settings ({error}): leave --settings out to take them from the environment"
-        ) from error

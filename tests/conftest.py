@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from medcot.environment import VARIABLES
-from medcot.settings import EMBEDDED_MODEL, PROFILES
+from medcot.profiles import PROFILES
+from medcot.settings import EMBEDDED_MODEL
 
 # No test may reach a hub or wandb, whatever the machine has.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")

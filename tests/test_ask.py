@@ -24,8 +24,9 @@ from medcot.asking import (
     page,
     side_by_side,
 )
+from medcot.profiles import PROFILES
 from medcot.prompts import format_completion, format_prompt, parse_completion
-from medcot.settings import EMBEDDED_MODEL, NOTICE, PROFILES, MedcotError
+from medcot.settings import EMBEDDED_MODEL, NOTICE, MedcotError
 from medcot.tiny.cases import FAMILIES, SINGLE_STEP, make_row
 from medcot.tiny.known import missing
 

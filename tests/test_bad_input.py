@@ -28,8 +28,9 @@ from medcot import (
     load_tokenizer,
     make_trainer,
 )
+from medcot.profiles import PROFILES
 from medcot.prompts import format_prompt, parse_completion
-from medcot.settings import EMBEDDED_MODEL, PROFILES, MedcotError
+from medcot.settings import EMBEDDED_MODEL, MedcotError
 
 GOOD = "".join(json.dumps(row) + "\n" for row in rows(90))
 
@@ -174,8 +175,8 @@ def test_a_hostile_data_name(case, tmp_path, monkeypatch, capsys):
 
 ENVIRONMENTS = {
     "unknown profile": ({"MEDCOT_PROFILE": "huge"}, "'huge' is unknown: choose one of"),
-    "no such model": ({"MEDCOT_MODEL": "/nowhere"}, "no model at /nowhere"),
-    "a model name that climbs": ({"MEDCOT_MODEL": "../../etc"}, "no model at ../../etc"),
+    "no such model": ({"MEDCOT_MODEL": "/nowhere"}, "no tokenizer at /nowhere"),
+    "a model name that climbs": ({"MEDCOT_MODEL": "../../etc"}, "no tokenizer at ../../etc"),
     "output in a file": ({"MEDCOT_OUT": "/etc/hostname"}, "set MEDCOT_OUT to one"),
     "output below a file": ({"MEDCOT_OUT": "/etc/hostname/out"}, "set MEDCOT_OUT to one"),
     "output of 5,000 letters": ({"MEDCOT_OUT": "/tmp/" + "x" * 5000}, "File name too long"),

@@ -28,7 +28,7 @@ def test_audit_prints_what_it_found_and_writes_nothing(tmp_path):
         ({"MEDCOT_PROFILE": "huge"}, "'huge' is unknown: choose one of"),
         ({"MEDCOT_DATASET": "/nowhere.jsonl"}, "/nowhere.jsonl not found"),
         ({"MEDCOT_DATASET": "no/such-data"}, "network"),
-        ({"MEDCOT_MODEL": "/nowhere"}, "no model at /nowhere"),
+        ({"MEDCOT_MODEL": "/nowhere"}, "no tokenizer at /nowhere"),
         ({"MEDCOT_DATASET": "COLUMNS"}, "has no column Complex_CoT"),
         ({"MEDCOT_DATASET": "EMPTY"}, "what its name says"),
     ],

@@ -134,7 +134,7 @@ def interrupted(settings, times):
     settings.output_dir.mkdir(exist_ok=True)
     file = settings.output_dir / "start.json"
     file.write_text(json.dumps(asdict(settings), default=str))
-    code = "import sys; from medcot.settings import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
+    code = "import sys; from medcot.profiles import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
     log = settings.output_dir / "start.log"
 
     def said(words):

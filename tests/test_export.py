@@ -23,9 +23,9 @@ from medcot import export as package
 from medcot.export import export, parity
 from medcot.export import gguf as writing
 from medcot.export.merged import MergedWeights
-from medcot.tokenizer import load_tokenizer
 from medcot.prompts import INSTRUCTION, format_prompt
 from medcot.settings import EMBEDDED_MODEL, NOTICE, MedcotError
+from medcot.tokenizer import load_tokenizer
 
 GIB = 2**30
 SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>")
@@ -44,7 +44,7 @@ def llama3(tmp_path_factory):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from medcot.settings import PROFILES
+    from medcot.profiles import PROFILES
 
     made = Tokenizer(models.BPE(ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.Sequence(

@@ -19,8 +19,9 @@ from datasets import Dataset
 from workshop import until
 
 from medcot import MedcotError, add_lora, load_model, load_splits, make_trainer, save_adapter, to_examples, train
+from medcot.profiles import PROFILES
 from medcot.prompts import format_example, format_prompt
-from medcot.settings import ADAPTER_FOLDER, PROFILES
+from medcot.settings import ADAPTER_FOLDER
 
 pytestmark = [
     pytest.mark.gpu,
@@ -205,8 +206,7 @@ def test_nothing_here_is_bfloat16(gpu):
 
 def test_options_scored_together_have_the_likelihood_they_have_alone(gpu):
     from medcot.evaluation.likelihood import score_choices
-    from medcot.prompts import list_options
-    from medcot.prompts import format_completion
+    from medcot.prompts import format_completion, list_options
 
     model, tokenizer = load_model(gpu.settings)
     questions = [{"question": row["Question"], "choices": row["choices"]} for row in gpu.splits.eval]

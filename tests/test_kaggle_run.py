@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 from kaggle_tree import REF, REPOSITORY, change, put
-from medcot.model import ADAPTER_FILES
 
 from medcot.kaggle.metadata import METADATA_FILE
 from medcot.kaggle.pull import pull
 from medcot.kaggle.stage import stage
+from medcot.model import ADAPTER_FILES
 from medcot.settings import ADAPTER_FOLDER, EMBEDDED_MODEL
 
 pytest_plugins = ("kaggle_fixtures",)

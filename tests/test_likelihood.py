@@ -7,8 +7,8 @@ import torch
 
 from medcot import load_choices, load_model, load_splits
 from medcot.evaluation.likelihood import _keys_and_values, _score_batch, _shared_tokens, score_choices, score_references
-from medcot.run.kept import BASELINE, FINETUNED
 from medcot.prompts import chat_prompt, format_completion, format_prompt, list_options
+from medcot.run.kept import BASELINE, FINETUNED
 from medcot.settings import MedcotError
 
 

@@ -13,8 +13,8 @@ from medcot.data import SHOWCASE_QUESTION
 from medcot.evaluation.compare import compare
 from medcot.evaluation.likelihood import _score_batch
 from medcot.evaluation.measure import DECLARED, SHOWCASE_REFERENCE, declare, primary_questions, showcase_row
-from medcot.run.kept import BASELINE, FINETUNED
 from medcot.prompts import list_options
+from medcot.run.kept import BASELINE, FINETUNED
 from medcot.settings import MedcotError
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from medcot.profiles import PROFILES
 from medcot.run.preflight import check_machine, preflight
-from medcot.settings import PROFILES, MedcotError
+from medcot.settings import MedcotError
 
 
 def cards(monkeypatch, *found, gib=15):

@@ -7,7 +7,8 @@ import pytest
 
 from medcot.choices import accepted_answers, read_choices
 from medcot.evaluation.questions import load_choices
-from medcot.settings import PROFILES, MedcotError
+from medcot.profiles import PROFILES
+from medcot.settings import MedcotError
 
 READ = {"question": "Which?", "choices": ["no", "yes"], "answer_index": 1}
 GOOD = {"question": "Which?", "choices": ["no", "yes"], "answer": 1}

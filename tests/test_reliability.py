@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 from workshop import USER_ERROR, Workshop, until
 
 from medcot import add_lora, generate_answers, load_splits, make_trainer, save_adapter, to_examples, train
-from medcot.settings import PROFILES
+from medcot.profiles import PROFILES
 
 STEPS = 20
 RUN = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}

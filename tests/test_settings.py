@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from medcot import settings as room
-from medcot.settings import EMBEDDED_MODEL, PROFILES, MedcotError, Settings, load_settings
+from medcot.profiles import PROFILES, load_settings
+from medcot.settings import EMBEDDED_MODEL, MedcotError, Settings
 
 T4 = PROFILES["kaggle-t4"]
 

@@ -71,6 +71,9 @@ class Comparison:
     def __str__(self):
         return words.as_text(self)
 
+    def _repr_pretty_(self, printer, cycle):
+        printer.text(str(self))
+
     def _repr_html_(self):
         return words.as_html(self)
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, fields, replace
 
 from ..data import SHOWCASE_QUESTION, normalise
-from ..identity import adapter_id
+from ..identity import MEASURED, adapter_id
 from ..prompts import list_options
 from ..run.answers import Answers, answer_all, generate_answers
 from ..run.kept import process
@@ -124,6 +124,8 @@ def declare(splits, questions, settings):
 
     It is one of the parts of what is kept (`identity`): chosen after the results, it would prove nothing.
     """
+    if any((settings.output_dir / MEASURED).glob("*.jsonl")):
+        return
     n, which = primary_questions(splits, questions, settings)
     if process()[0] == 0:  # the first process speaks for all
         print(f"primary measure, declared before anything is measured: {settings.primary_measure}, over {n} {which}")

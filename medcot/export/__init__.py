@@ -297,13 +297,13 @@ def add_commands(commands):
 
 
 def _run_export(options):
-    from ..settings import load_settings
+    from ..profiles import load_settings
 
     export(load_settings(), options.kind, options.type, options.to)
 
 
 def _run_publish(options):
-    from ..settings import load_settings
+    from ..profiles import load_settings
     from .publish import publish
 
     publish(options.folder or load_settings().adapter_dir, options.name, public=options.public, yes=options.yes)

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from ..settings import PROFILES, MedcotError
+from ..profiles import PROFILES
+from ..settings import MedcotError
 
 METADATA_FILE = "kaggle-metadata.json"
 OWNER = "OWNER/"  # in a source: the user who pushes

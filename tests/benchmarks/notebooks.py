@@ -219,7 +219,7 @@ def main():
     from medcot.modeling import load_tokenizer
     from transformers import AutoConfig
 
-    from medcot.settings import PROFILES
+    from medcot.profiles import PROFILES
 
     out = Path(options.out).absolute()
     begin = out / "ipython" / "profile_default" / "startup" / "00-start.py"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import medcot
-from medcot.settings import PROFILES
+from medcot.profiles import PROFILES
 
 
 def run(seed: int, out: Path) -> dict:

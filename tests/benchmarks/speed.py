@@ -64,7 +64,7 @@ def t4_conditions():
     """Holds this process to what a T4 has, as far as another card can be held to it; fp16 comes from the settings."""
     import torch
 
-    from medcot.settings import prepare_environment
+    from medcot.environment import prepare_environment
 
     prepare_environment()  # as load_settings does, before the GPU is first used
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -89,7 +89,7 @@ def examples(rows: int, vocabulary: int, seed: int = 3407):
 
 
 def settings_for(options, recipe=(None, 2, 4, False, 0.0)):
-    from medcot.settings import PROFILES
+    from medcot.profiles import PROFILES
 
     _, size, accumulation, padding_free, gib = recipe
     return replace(
