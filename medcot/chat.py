@@ -2,10 +2,11 @@
 
 import contextlib
 import html
+from pathlib import Path
 
 from .asking import BASE, TUNED, ask, ask_both, examples, page, stream
 from .model import load_model
-from .profiles import load_settings
+from .profiles import load_run
 from .settings import NOTICE, MedcotError
 
 BOTH = "both"
@@ -118,7 +119,7 @@ def _load(settings, both: bool):
 
 def run_ask(options):
     """`medcot ask`: the questions of the command line, or examples without one."""
-    settings = load_settings()
+    settings = load_run(output_dir=options.out)
     if not options.question:
         known = examples(settings) or ["Which drug is given first for anaphylaxis, by which route?"]
         print("ask a question in quotation marks, for example:")
@@ -134,7 +135,7 @@ def run_ask(options):
 
 def run_chat(options):
     """`medcot chat`: one question after the other, until /quit or the end of the input."""
-    settings = load_settings()
+    settings = load_run(output_dir=options.out)
     model, tokenizer = _load(settings, options.both)
     sides = "/base, /tuned or /both say who answers, " if hasattr(model, "disable_adapter") else ""
     print(f"{ALONE} {sides}/examples shows questions, /quit or Ctrl-D ends. {NOTICE}")
@@ -180,8 +181,10 @@ def add_commands(commands):
     command = commands.add_parser("ask", help=words, description=words)
     command.add_argument("question", nargs="*", help="one or more questions, each in quotation marks")
     command.add_argument("--both", action="store_true", help="base and fine-tuned side by side")
+    command.add_argument("--out", type=Path, help="output folder of the run, as MEDCOT_OUT")
     command.set_defaults(run=run_ask)
     words = "ask one question after the other"
     command = commands.add_parser("chat", help=words, description=words)
     command.add_argument("--both", action="store_true", help="base and fine-tuned side by side")
+    command.add_argument("--out", type=Path, help="output folder of the run, as MEDCOT_OUT")
     command.set_defaults(run=run_chat)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def evaluate(options):
 def demo(options):
     """Executes the notebooks in order, showing their output as it comes, and keeps them with their outputs."""
     import papermill
+    from jupyter_client import AsyncKernelManager
     from nbclient.exceptions import DeadKernelError
 
     settings = load_settings()
@@ -141,10 +143,13 @@ def demo(options):
         print(f"\n=== {name} ===", flush=True)
         os.environ["WANDB_NOTEBOOK_NAME"] = f"{name}.ipynb"
         try:
-            papermill.execute_notebook(
-                source / f"{name}.ipynb", folder / f"{name}.ipynb", kernel_name="python3", cwd=os.getcwd(),
-                progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stdout,
-            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as sockets:
+                # Messages travel over files, not over TCP ports, in a folder whose name is short enough for a socket.
+                kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
+                papermill.execute_notebook(
+                    source / f"{name}.ipynb", folder / f"{name}.ipynb", kernel_name="python3", cwd=os.getcwd(), km=kernel,
+                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stdout,
+                )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             raise MedcotError(f"{name}.ipynb stopped: {error.ename}: {error.evalue}") from error
         except DeadKernelError as error:
@@ -156,13 +161,17 @@ def demo(options):
 
 def _conclude(settings, notebooks: Path, minutes: float):
     """The comparison in short, and where everything is."""
-    card = settings.output_dir / "RUN.md"
+    import nbformat
+
+    for cell in nbformat.read(notebooks / f"{NOTEBOOKS[-1]}.ipynb", as_version=4).cells:
+        if cell.source.endswith("\ncomparison"):  # shown in the notebook as a table
+            print("", *(output.data["text/plain"] for output in cell.outputs if "data" in output), sep="\n")
     print(f"\n=== done in {minutes:.1f} minutes ===")
     for what, path in (
         ("notebooks with their outputs", notebooks),
         ("figures", settings.output_dir / "figures"),
         ("adapter", settings.adapter_dir),
-        ("run card", card),
+        ("run card", settings.output_dir / "RUN.md"),
     ):
         print(f"{what:<30}{path}")
     print(NOTICE)

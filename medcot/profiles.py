@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from . import identity
 from .environment import (
     VARIABLES,
     MedcotError,
@@ -73,8 +74,6 @@ def load_settings(**changes) -> Settings:
         )
     settings = replace(settings, **_session(profile, gpu) | changes)
     check_output(settings.output_dir)
-    from . import identity  # which knows settings
-
     identity.check(settings)
     print(
         f"profile {settings.profile} ({why}), model {settings.model}, data {settings.dataset}, "
@@ -110,28 +109,26 @@ def _session(profile: str, gpu: str | None) -> dict:
     return found | {field: os.environ[variable] for variable, field in named.items() if os.environ.get(variable)}
 
 
-def load_run(**changes) -> Settings:
+def load_run(output_dir: Path | None = None) -> Settings:
     """The settings that the run in an output folder was made with; those of `load_settings` where there is none yet.
 
     For what only uses a run (asking, exporting): its numbers are its own, whatever the environment says. Machine and folder
     are those of today. Raises MedcotError as `load_settings` does, and for a record that cannot be read.
     """
-    from .identity import RECORD_FILE  # which knows settings
-
-    out = Path(changes.get("output_dir") or os.environ.get("MEDCOT_OUT") or default_output(_profile()[0])).absolute()
-    if not (out / RECORD_FILE).is_file():
-        return load_settings(**changes)
+    out = Path(output_dir or os.environ.get("MEDCOT_OUT") or default_output(_profile()[0])).absolute()
+    if not (out / identity.RECORD_FILE).is_file():
+        return load_settings(output_dir=out)
     prepare_environment()
     import torch
 
     try:
-        recorded = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["settings"]
+        recorded = json.loads((out / identity.RECORD_FILE).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedcotError(f"{out / RECORD_FILE} cannot be read ({error}): run 02_finetune.ipynb again") from error
+        raise MedcotError(f"{out / identity.RECORD_FILE} cannot be read ({error}): run 02_finetune.ipynb again") from error
     here = {"output_dir": out, "device": "cuda" if torch.cuda.is_available() else "cpu", "earlier_output": None}
     if not Path(recorded["model"]).exists() and Path(recorded["model"]).name == Path(EMBEDDED_MODEL).name:
         here["model"] = EMBEDDED_MODEL  # a clone that has moved
-    settings = Settings(**recorded | here | changes)
+    settings = Settings(**recorded | here)
     print(f"run in {out}: profile {settings.profile}, model {short(settings.model)}")
     return settings
 

@@ -286,6 +286,7 @@ def add_commands(commands):
         "--type", choices=TYPES, default="q8_0", help="of a GGUF: f16, or q8_0 (about half of it, the default)"
     )
     command.add_argument("--to", type=Path, help="folder to make it in; by default export/ in the output folder")
+    command.add_argument("--out", type=Path, help="output folder of the run, as MEDCOT_OUT")
     command.set_defaults(run=_run_export)
     words = "upload the adapter and its run card to the Hugging Face hub: private, and asked before"
     command = commands.add_parser("publish", help=words, description=words)
@@ -293,17 +294,18 @@ def add_commands(commands):
     command.add_argument("--public", action="store_true", help="everybody may see it")
     command.add_argument("--yes", action="store_true", help="upload without asking")
     command.add_argument("--folder", type=Path, help="an export's folder, in place of the adapter's")
+    command.add_argument("--out", type=Path, help="output folder of the run, as MEDCOT_OUT")
     command.set_defaults(run=_run_publish)
 
 
 def _run_export(options):
-    from ..profiles import load_settings
+    from ..profiles import load_run
 
-    export(load_settings(), options.kind, options.type, options.to)
+    export(load_run(output_dir=options.out), options.kind, options.type, options.to)
 
 
 def _run_publish(options):
-    from ..profiles import load_settings
+    from ..profiles import load_run
     from .publish import publish
 
-    publish(options.folder or load_settings().adapter_dir, options.name, public=options.public, yes=options.yes)
+    publish(options.folder or load_run(output_dir=options.out).adapter_dir, options.name, public=options.public, yes=options.yes)

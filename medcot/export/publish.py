@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..hub import kaggle_secret
 from ..settings import NOTICE, MedcotError
 
 # Nothing else leaves the folder, whatever else somebody has put there.
@@ -44,7 +45,7 @@ def publish(folder: Path, name: str, public: bool = False, yes: bool = False) ->
     from huggingface_hub import HfApi, get_token
 
     _check(folder, name)
-    if not get_token():
+    if not (kaggle_secret("HF_TOKEN") or get_token()):
         raise MedcotError("no login for the hub: set HF_TOKEN to a token that may write, or run `hf auth login` once")
     api = HfApi()
     there = _asking(lambda: _found(api, name), name)
