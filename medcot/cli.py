@@ -148,7 +148,7 @@ def demo(options):
                 kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
                 papermill.execute_notebook(
                     source / f"{name}.ipynb", folder / f"{name}.ipynb", kernel_name="python3", cwd=os.getcwd(), km=kernel,
-                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stdout,
+                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stdout, coalesce_streams=True,
                 )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             raise MedcotError(f"{name}.ipynb stopped: {error.ename}: {error.evalue}") from error

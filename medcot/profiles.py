@@ -124,7 +124,9 @@ def load_run(output_dir: Path | None = None) -> Settings:
     try:
         recorded = json.loads((out / identity.RECORD_FILE).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedcotError(f"{out / identity.RECORD_FILE} cannot be read ({error}): run 02_finetune.ipynb again") from error
+        raise MedcotError(
+            f"{out / identity.RECORD_FILE} cannot be read ({error}): run 02_finetune.ipynb again"
+        ) from error
     here = {"output_dir": out, "device": "cuda" if torch.cuda.is_available() else "cpu", "earlier_output": None}
     if not Path(recorded["model"]).exists() and Path(recorded["model"]).name == Path(EMBEDDED_MODEL).name:
         here["model"] = EMBEDDED_MODEL  # a clone that has moved

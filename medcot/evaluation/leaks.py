@@ -41,7 +41,7 @@ class Leak:
     """Equal after normalisation."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Leaks:
     """Evaluation questions that stand in the training rows, as they are or rewritten; `compare` leaves them out."""
 
@@ -67,7 +67,7 @@ class Leaks:
         """Whether this question leaked; with the same words but other options it is another question."""
         return _key(question, choices) in {_key(leak.question, leak.choices) for leak in self.found}
 
-    def __str__(self):
+    def __repr__(self):
         lines = [
             f"{self.checked} evaluation questions against the training rows: {len(self.exact)} stand there exactly and "
             f"{len(self.near)} changed or rewritten (tf-idf similarity of {REWRITTEN} or more)"

@@ -308,4 +308,9 @@ def _run_publish(options):
     from ..profiles import load_run
     from .publish import publish
 
-    publish(options.folder or load_run(output_dir=options.out).adapter_dir, options.name, public=options.public, yes=options.yes)
+    publish(
+        options.folder or load_run(output_dir=options.out).adapter_dir,
+        options.name,
+        public=options.public,
+        yes=options.yes,
+    )

@@ -49,7 +49,7 @@ class Answers:
 
     def __str__(self):
         stopped = sum(not answer.parsed.problems for answer in self)
-        return f"{self.name}: {len(self)} answers, {stopped} well formed, in {self.path}"
+        return f"{self.name}: {len(self)} answers, {stopped} well formed, in {self.path.name}"
 
     def show(self, rows: int = 3):
         """Prints the first answers in full, each with its reference and whatever is wrong with its form."""
