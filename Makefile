@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv# not from the environment: `make clean` deletes it
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test release lock clean
 
 # The embedded model also where there is a GPU: the large one is 6 GB to download, and asked for by name.
 demo: $(VENV)/ready
@@ -24,6 +24,10 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(BIN)/pip install --progress-bar on --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# The notebooks to import in a browser, in build/release/, ready to be published.
+release: $(VENV)/ready
+	$(BIN)/medcot kaggle release
 
 # Resolves requirements.lock anew; needs uv (https://docs.astral.sh/uv/).
 lock:

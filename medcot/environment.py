@@ -14,6 +14,7 @@ VARIABLES = {
     "MEDCOT_CHOICES": "multiple-choice questions: hub name or jsonl file",
     "MEDCOT_OUT": "folder that everything is written to",
     "MEDCOT_EARLIER": "output folder of an earlier session, to go on from",
+    "MEDCOT_SESSION_MINUTES": "minutes after the session's start at which training stops",
     "MEDCOT_KAGGLE_ROOT": "stands for /kaggle, in tests",
     "MEDCOT_REAL_ROWS": "folder of rows that are not in the repository, in tests",
 }

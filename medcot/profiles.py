@@ -106,6 +106,11 @@ def _session(profile: str, gpu: str | None) -> dict:
         "MEDCOT_MODEL": "model", "MEDCOT_DATASET": "dataset", "MEDCOT_CHOICES": "choice_dataset",
         "MEDCOT_EARLIER": "earlier_output",
     }  # fmt: skip
+    if minutes := os.environ.get("MEDCOT_SESSION_MINUTES"):
+        try:
+            found["session_minutes"] = float(minutes)
+        except ValueError as error:
+            raise MedcotError(f"MEDCOT_SESSION_MINUTES={minutes!r} is no number: give minutes, 0 sets no limit") from error
     return found | {field: os.environ[variable] for variable, field in named.items() if os.environ.get(variable)}
 
 
@@ -139,10 +144,11 @@ def read_settings(file: Path) -> Settings:
     """The settings that were written to a file as JSON. Raises MedcotError for a file that is not such."""
     prepare_environment()
     try:
-        return Settings(**json.loads(Path(file).read_text(encoding="utf-8")))
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Settings(**values | {"profile": values["profile"]})
     except MedcotError:
         raise
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise MedcotError(
             f"{file} holds no settings ({error}): leave --settings out to take them from the environment"
         ) from error

@@ -15,7 +15,6 @@ from medcot.asking import (
     DIM,
     PLAIN,
     TUNED,
-    add_commands,
     ask,
     ask_both,
     columns,
@@ -24,6 +23,7 @@ from medcot.asking import (
     page,
     side_by_side,
 )
+from medcot.chat import add_commands
 from medcot.profiles import PROFILES
 from medcot.prompts import format_completion, format_prompt, parse_completion
 from medcot.settings import EMBEDDED_MODEL, NOTICE, MedcotError
@@ -340,7 +340,7 @@ def test_the_commands_ask_and_chat(run, settings, capsys, monkeypatch, tmp_path)
     ):
         assert words in shown
     assert "afterwards" not in shown
-    monkeypatch.setattr("medcot.chat.load_settings", lambda: replace(settings, output_dir=tmp_path / "none"))
+    monkeypatch.setattr("medcot.chat.load_run", lambda output_dir: replace(settings, output_dir=tmp_path / "none"))
     with pytest.raises(MedcotError, match=r"no adapter_model.safetensors in .*: run 02_finetune"):
         run("ask", "--both", "Who are you?")
     run("ask", "Who are you?")

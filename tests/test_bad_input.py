@@ -460,9 +460,9 @@ def test_hostile_kaggle_metadata(case, tmp_path):
     (root / "kaggle-metadata.json").write_bytes(change((REPOSITORY / "kaggle-metadata.json").read_bytes()))
     before = listing(tmp_path)
     with pytest.raises(MedcotError) as error:
-        from medcot import kaggle
+        from medcot.kaggle.stage import stage
 
-        kaggle.stage(root, "anna")
+        stage(root, "anna")
     assert words in str(error.value) and "Traceback" not in str(error.value)
     assert listing(tmp_path) == before
 

@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import nbformat
 import pytest
-from synthetic import QUESTIONS, RIGHT, ROWS, WRONG, answer, answers, results
+from nbclient import NotebookClient
+from synthetic import QUESTIONS, RIGHT, ROWS, WRONG, answer, answers, nothing_changed, results
 
 from medcot.evaluation.browse import browse, card
 from medcot.evaluation.compare import compare
@@ -90,6 +93,30 @@ def test_without_widgets_everything_is_still_there(comparison, monkeypatch):
     assert len(pieces) == 2 and "Why 0?" in pieces[0] and "Why 3?" in pieces[1]
 
 
+SAVED = """
+import sys; sys.path.insert(0, {tests!r})
+from synthetic import *
+from medcot.evaluation import browse, compare
+comparison = compare(answers([WRONG] * 8), answers([RIGHT] * 8), ROWS)
+"""
+
+
+def test_a_saved_notebook_without_a_kernel_shows_the_table_the_cards_and_the_first_page():
+    cells = [SAVED.format(tests=str(Path(__file__).parent)), "comparison", "comparison.show()", "browse(comparison)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3", timeout=120, store_widget_state=False).execute()
+    _, table, cards, browsed = (cell.outputs for cell in notebook.cells)
+    assert not any(output.get("name") == "stderr" for outputs in (table, cards, browsed) for output in outputs)
+    assert "<table" in table[0].data["text/html"] and table[0].data["text/plain"].startswith(
+        "Right answers 0 -> 8 of 8"
+    )
+    assert "The first one fixed" in cards[0].data["text/html"]
+    menus, page, folded = (output.data for output in browsed)
+    assert "text/html" not in menus and menus["text/plain"].startswith("(two menus stand here while a kernel runs")
+    assert "Why 0?" in page["text/html"] and "<details" not in page["text/html"]
+    assert folded["text/html"].count("Why 7?") >= 1
+
+
 def test_a_card_says_what_was_right_and_what_was_wrong(comparison):
     page = card(comparison.pairs[0], "Title")
     assert re.findall(r">(right|wrong)</b>", page) == ["wrong", "right"] and "Title" in page
@@ -113,17 +140,19 @@ def test_the_showcase_question_is_labelled_as_a_training_row(comparison, capsys)
     assert all(pair.question != "Showcase?" for pair in comparison.pairs)
 
 
-def test_the_figure_shows_every_judged_measure_with_its_interval_and_the_families(comparison, settings):
+def test_the_figure_shows_every_judged_measure_with_its_interval_and_the_families(settings):
+    comparison = compare(*nothing_changed(0, 40, 5))  # families of eight: too few for a difference
     figure = plot_comparison(comparison, settings)
     labels = [label.get_text() for axes in figure.axes[::2] for label in axes.get_yticklabels()]
     expected = [m for m in comparison.measures if m.group in (PRIMARY, SECONDARY, FAMILY) and m.unit != "tokens"]
-    assert sorted(labels) == sorted(f"{m.name} (n={m.n})" for m in expected) and "right answer, sums (n=4)" in labels
-    drawn = {tuple(line.get_xdata()) for axes in figure.axes[1::2] for line in axes.lines}
+    assert sorted(labels) == sorted(f"{m.name} (n={m.n})" for m in expected)
+    assert "right answer, family 0 (n=8)" in labels
+    drawn = [tuple(line.get_xdata()) for axes in figure.axes[1::2] for line in axes.lines if line.get_linewidth() == 2]
     for m in expected:
-        scale = 100 if m.unit == "%" else 1
-        assert any(ends == pytest.approx((scale * m.low, scale * m.high)) for ends in drawn)
+        ends = [scale * end for end in (m.low, m.high) for scale in [100 if m.unit == "%" else 1]]
+        assert any(found == pytest.approx(ends) for found in drawn) == (m.n >= 10)
     bold = [label.get_text() for label in figure.axes[0].get_yticklabels() if label.get_fontweight() == "bold"]
-    assert bold == ["right answer (n=4)"]
+    assert bold == ["right answer (n=40)"]
     assert (settings.output_dir / "figures" / "comparison.png").stat().st_size > 5000
 
 

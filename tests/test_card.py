@@ -65,6 +65,25 @@ def test_what_was_compared_stands_in_it(record, trained):
     assert record["sources"]["answers"] == ["x.jsonl", "x.jsonl"]
 
 
+def test_what_json_cannot_hold_is_null(trained, tmp_path):
+    one = compare(answers([RIGHT]), answers([WRONG]), ROWS)  # the length of one answer has no interval
+    settings = replace(trained.settings, output_dir=tmp_path)
+    text = write_comparison(one, settings, trained.splits).read_text(encoding="utf-8")
+    length = next(m for m in json.loads(text)["measures"] if m["name"] == "length")
+    assert (length["low"], length["high"]) == (None, None) and "Infinity" not in text
+
+
+def test_where_files_lie_on_this_machine_is_in_no_card(trained, comparison, tmp_path):
+    rows = tmp_path / "private" / "clinic.csv"
+    rows.parent.mkdir()
+    rows.touch()
+    splits = replace(trained.splits, source=str(rows))
+    settings = replace(trained.settings, model=str(rows.parent))
+    card = write_run_card(comparison, settings, splits, replace(QUESTIONS, source=str(rows))).read_text()
+    written = card + (trained.settings.output_dir / "comparison.json").read_text()
+    assert "clinic.csv" in card and str(tmp_path) not in written
+
+
 def test_the_run_card_opens_with_the_headline_and_says_what_the_run_recorded(trained, comparison):
     card = write_run_card(comparison, trained.settings, load_splits(trained.settings), QUESTIONS).read_text()
     record = json.loads((trained.settings.output_dir / "training.json").read_text())

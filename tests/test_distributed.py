@@ -232,7 +232,7 @@ def killed_in(run, settings, ready):
         time.sleep(0.1)
         with contextlib.suppress(psutil.Error):  # one that was listed may have ended
             ranks = [
-                p for p in psutil.Process(os.getpid()).children(recursive=True) if "medcot.cli" in " ".join(p.cmdline())
+                p for p in psutil.Process(os.getpid()).children(recursive=True) if "-m medcot" in " ".join(p.cmdline())
             ]
             victim = next((p for p in ranks if p.environ().get("RANK") == "1" and ready(p)), None)
     assert victim is not None

@@ -473,7 +473,7 @@ def test_a_base_that_only_the_hub_has_is_the_one_of_the_adapters_configuration(t
 
 
 def test_the_command(trained, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("medcot.settings.load_settings", lambda: trained.settings)
+    monkeypatch.setattr("medcot.profiles.load_run", lambda output_dir: trained.settings)
     parser = argparse.ArgumentParser()
     package.add_commands(parser.add_subparsers(required=True))
     options = parser.parse_args(["export", "ollama", "--to", str(tmp_path)])

@@ -22,7 +22,6 @@ from kaggle_tree import REF, REPOSITORY, change, put
 from medcot.kaggle.metadata import METADATA_FILE
 from medcot.kaggle.pull import pull
 from medcot.kaggle.stage import stage
-from medcot.model import ADAPTER_FILES
 from medcot.settings import ADAPTER_FOLDER, EMBEDDED_MODEL
 
 pytest_plugins = ("kaggle_fixtures",)
@@ -182,7 +181,8 @@ def test_kaggle_run_goes_on_from_its_own_earlier_output_to_the_end(runs):
     comparison = json.loads((runs.second.working / "comparison.json").read_text())
     headline = comparison.get("headline") or comparison["measures"][0]["sentence"]
     assert f"# {headline}" in page and runs.second.images() >= 2
-    adapter = {f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES}
+    names = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    adapter = {f"{ADAPTER_FOLDER}/{name}" for name in names}
     executed = {f"notebooks/{name}.ipynb" for name in ("01_baseline", "02_finetune", "03_compare")}
     expected = adapter | executed | {"training.json", "RUN.md", "comparison.json", "figures/loss.png", "session.json"}
     assert expected <= runs.second.files()

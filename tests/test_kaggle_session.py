@@ -13,7 +13,7 @@ import pytest
 
 from medcot.kaggle import inputs as inputs_room
 from medcot.kaggle import session as room
-from medcot.kaggle.inputs import CHOICES, ROWS, Inputs, model_forecast
+from medcot.kaggle.inputs import Inputs, model_forecast
 from medcot.kaggle.session import install, prepare_session, run_notebook, show_results
 from medcot.settings import ADAPTER_FOLDER, EMBEDDED_MODEL, MedcotError
 
@@ -174,9 +174,11 @@ def test_rows_of_both_kinds_in_real_files(session):
         session / "input",
         **{"q.jsonl": '{"question": "Question Complex_CoT Response", "choices": ["a", "b"], "answer": 0}\n'},
     )
+    both = '{"Question": "q", "Complex_CoT": "c", "Response": "r", "question": "q", "options": {"A": "a"}, "answer_idx": "A"}\n'
+    write(session / "input", **{"both.jsonl": both, "training.json": '{"Question": 1, "Response": 2}'})
     inputs = Inputs.below(session / "input")
-    assert inputs.tables(ROWS) == [session / "input" / "rows.parquet"]
-    assert inputs.tables(CHOICES) == [session / "input" / "q.jsonl"]
+    assert inputs.rows() == [session / "input" / "both.jsonl", session / "input" / "rows.parquet"]
+    assert inputs.questions() == [session / "input" / "q.jsonl"], "rows that carry a question train"
 
 
 def test_a_mount_that_takes_minutes_is_named(session, monkeypatch, capsys):
@@ -275,6 +277,22 @@ def test_other_work_takes_over_only_what_is_checked_where_it_is_read(session, no
     run_all(session, stamp=STAMP.replace("ab", "cd"))
     assert notebooks.ran == list(room.NOTEBOOKS)
     assert found(session / "working") == ["checkpoints/x", "measured/baseline-1.jsonl", "session.json", "training.json"]
+
+
+def test_a_session_with_another_recipe_begins_anew_and_says_why(session, notebooks, monkeypatch, capsys):
+    """What was measured and trained by another recipe would be refused by the first cell of 01 and again by 02."""
+    monkeypatch.setenv("MEDCOT_EARLIER", "")
+    run_all(session)
+    put_results(session / "working", checkpoints__x="c")
+    attach(session)
+    refused = subprocess.CompletedProcess(
+        [], 1, "", "Traceback\nMedcotError: x.jsonl is of another run: max_steps was 60\n"
+    )
+    monkeypatch.setattr(room.subprocess, "run", lambda *_, **__: refused)
+    run_all(session, stamp=STAMP.replace("ab", "cd"))
+    assert found(session / "working") == ["session.json", "training.json"]
+    assert not list(Path(os.environ["MEDCOT_EARLIER"]).iterdir())
+    assert "begins anew: MedcotError: x.jsonl is of another run: max_steps was 60" in capsys.readouterr().out
 
 
 def test_what_02_finished_is_not_trained_again(session, notebooks):

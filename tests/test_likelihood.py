@@ -68,7 +68,7 @@ def test_the_adapter_switched_off_scores_as_the_base(base, tuned, questions, set
     after = score_choices(model, tokenizer, questions, settings)
     with model.disable_adapter():
         before = score_choices(model, tokenizer, questions, settings)
-    (settings.output_dir / "scores").rename(settings.output_dir / "kept")
+    (settings.output_dir / "measured").rename(settings.output_dir / "kept")
     alone = score_choices(*base, questions, settings)
     assert (before.name, after.name) == (BASELINE, FINETUNED)
     assert alone.path.name == before.path.name  # the same weights and texts are the same file
@@ -105,7 +105,7 @@ def test_a_damaged_score_is_named_and_nothing_is_overwritten(base, questions, se
     lines = scores.path.read_text().splitlines(keepends=True)
     for line, message in (
         ("x\n", "line 3: not a JSON"),
-        ('{"row": 99, "log_likelihood": [], "tokens": []}\n', "row 99 of 12"),
+        ('{"row": 99, "log_likelihood": [], "tokens": []}\n', "is about row 99, which was not asked"),
     ):
         scores.path.write_text("".join([*lines[:2], line, *lines[3:]]))
         kept = scores.path.read_bytes()

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medcot import evaluate, generate_answers, load_baseline, load_choices, load_model, load_splits, run_harness
+from medcot import evaluate, generate_answers, identity, load_choices, load_model, load_splits, run_harness
 from medcot.data import SHOWCASE_QUESTION
 from medcot.evaluation.compare import compare
 from medcot.evaluation.likelihood import _score_batch
-from medcot.evaluation.measure import DECLARED, SHOWCASE_REFERENCE, declare, primary_questions, showcase_row
+from medcot.evaluation.measure import SHOWCASE_REFERENCE, declare, primary_questions, showcase_row
 from medcot.prompts import list_options
 from medcot.run.kept import BASELINE, FINETUNED
 from medcot.settings import MedcotError
@@ -46,9 +46,8 @@ def test_both_sides_are_measured_from_one_load(tuned, trained, settings):
         and len(after.choice_answers) == 2
     )
     assert after.choice_answers[0].question == list_options(questions.rows[0]["question"], questions.rows[0]["choices"])
-    assert before.references.path.parent.name == "scores" and before.showcase_trained and len(before.showcase) == 1
+    assert before.references.path.parent.name == "measured" and before.showcase_trained and len(before.showcase) == 1
     assert after.showcase[0].question == before.showcase[0].question == splits.train[2]["Question"]
-    assert load_baseline(settings, splits.eval) == first  # nothing else is mistaken for 01's answers
 
 
 @pytest.mark.parametrize(
@@ -68,19 +67,17 @@ def test_the_primary_measure_is_declared_once_before_anything_is_measured(settin
         shown.startswith(f"primary measure, declared before anything is measured: {said}\n")
         and "ew questions: " in shown
     )
+    (settings.output_dir / "measured").mkdir()
+    (settings.output_dir / "measured" / "baseline-answers-1.jsonl").touch()
     declare(splits, questions, settings)
     assert not capsys.readouterr().out
-    kept = json.loads((settings.output_dir / DECLARED).read_text())
-    assert kept["primary_measure"] == settings.primary_measure
 
 
-def test_a_measure_chosen_after_the_results_is_refused(settings):
+def test_a_measure_chosen_after_the_results_is_refused(tuned, settings):
     splits, questions = load_splits(settings), load_choices(settings)
-    declare(splits, questions, settings)
-    with pytest.raises(
-        MedcotError, match=r"primary_measure='multiple choice', but what .* was measured for 'right answer'"
-    ):
-        declare(splits, questions, replace(settings, primary_measure="multiple choice"))
+    evaluate(*tuned, splits, questions, settings)
+    with pytest.raises(MedcotError, match="primary_measure was right answer and is multiple choice"):
+        identity.check(replace(settings, primary_measure="multiple choice"))
 
 
 def test_rows_without_an_answer_leave_right_answers_to_the_questions_asked_in_words(settings):
@@ -89,6 +86,13 @@ def test_rows_without_an_answer_leave_right_answers_to_the_questions_asked_in_wo
     assert primary_questions(plain, questions, replace(settings, choice_answer_rows=5))[0] == 5
     assert primary_questions(plain, questions, settings)[0] == 0
     assert primary_questions(splits, questions, replace(settings, choice_answer_rows=5))[0] == settings.answer_rows
+
+
+def test_a_primary_measure_that_nothing_can_be_graded_by_is_named_before_anything_is_measured(settings, capsys):
+    splits, questions = load_splits(settings), load_choices(settings)
+    plain = replace(splits, eval=splits.eval.remove_columns(["choices", "answer_index", "answer"]))
+    declare(plain, questions, settings)
+    assert "nothing that is answered in words can be graded: give the rows options" in capsys.readouterr().out
 
 
 def test_a_row_whose_prompt_does_not_fit_is_left_out_on_both_sides_and_counted(tuned, trained, settings):
@@ -160,7 +164,7 @@ def test_the_harness_measures_a_local_task_with_and_without_the_adapter(trained,
         return total / len(rows)
 
     # The harness takes the base as its files are: those of the embedded model are not quantised.
-    model, _ = load_model(replace(trained.settings, load_in_4bit=False), adapter=trained.settings.adapter_dir)
+    model, _ = load_model(replace(settings, load_in_4bit=False), adapter=trained.settings.adapter_dir)
     with model.disable_adapter():
         expected = [brier(model)]
     expected.append(brier(model))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import Hub
@@ -195,13 +196,15 @@ def test_public_has_to_be_said(publish, hub):
     assert status == 1 and "is private on the hub and the upload was to be public: leave --public out" in errors
 
 
-def test_without_a_login_a_card_or_a_name_nothing_is_asked_of_the_hub(publish, hub, folder, trained):
+def test_without_a_login_a_card_or_a_name_nothing_is_asked_of_the_hub(publish, hub, folder, tmp_path):
+    without_card = Path(shutil.copytree(folder, tmp_path / "without_card"))
+    (without_card / "README.md").write_text("# What peft writes by itself\n")
     for arguments, more, words in (
         ((NAME,), {"token": None}, "no login for the hub: set HF_TOKEN"),
         (("medical",), {}, "'medical' is no repository: write OWNER/NAME"),
         (("a/b/c",), {}, "'a/b/c' is no repository"),
         ((NAME,), {"where": folder / "checkpoint-11"}, "holds no weights: run 02_finetune.ipynb first"),
-        ((NAME,), {"where": trained.settings.adapter_dir}, "README.md is not the run card: run 03_compare.ipynb first"),
+        ((NAME,), {"where": without_card}, "README.md is not the run card: run 03_compare.ipynb first"),
     ):
         status, _, errors = publish(*arguments, "--yes", **more)
         assert status == 1 and words in errors and "Traceback" not in errors

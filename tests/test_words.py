@@ -61,6 +61,7 @@ def test_no_difference_and_too_few_are_said_in_the_headline():
     assert not any(m.verdict in ("better", "worse") for m in few.measures)
     assert words.sentence(few.measures[0]) == "right answer: 0 before and 8 after of 8, too few to tell."
     assert few.table["before"][0] == "0 of 8" and few.table["after"][0] == "8 of 8"
+    assert few.table["difference"][0] == few.table["95 % interval"][0] == "" and "+100" not in str(few)
 
 
 def test_few_questions_are_said_early():

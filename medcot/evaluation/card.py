@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..files import write_beside
@@ -89,6 +89,8 @@ def _source(name: str) -> str:
 
 
 def _run_card(comparison, settings, splits, questions, record) -> str:
+    splits = replace(splits, source=_source(splits.source))
+    questions = questions and replace(questions, source=_source(questions.source))
     losses = [(entry["step"], entry["loss"]) for entry in record["log_history"] if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in record["log_history"] if "eval_loss" in entry]
     memory = (

@@ -12,7 +12,7 @@ from .questions import Questions
 from .statistics import DETAIL, FAMILY, PROMPT, SECONDARY, Measure, judge, paired_means, paired_proportions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Before and after on the same questions: one answer first (`headline`), the measures, and every pair to read.
 
@@ -68,7 +68,7 @@ class Comparison:
 
         show_examples(self)
 
-    def __str__(self):
+    def __repr__(self):
         return words.as_text(self)
 
     def _repr_pretty_(self, printer, cycle):

@@ -1,7 +1,7 @@
 """The figure of a comparison."""
 
 from ..run.tracking import INK
-from .statistics import FAMILY, PRIMARY, SECONDARY
+from .statistics import FAMILY, FEW, PRIMARY, SECONDARY
 
 GREY = "#888"
 
@@ -9,7 +9,8 @@ GREY = "#888"
 def plot_comparison(comparison, settings):
     """Before and after of every measure with a verdict, the primary one on top; kept as `figures/comparison.png`.
 
-    Left the levels (of shares with Wilson intervals), right the difference with its 95 % interval. Shares stand above, in
+    Left the levels (of shares with Wilson intervals), right the difference with its 95 % interval, of ten pairs
+    or more. Shares stand above, in
     per cent and points; negative log-likelihoods below, in nats per token (lower is better); where rows have families,
     right answers by family last.
     """
@@ -59,7 +60,8 @@ def _draw_levels(axes, measures, scale):
 
 def _draw_differences(axes, measures, scale):
     for y, m in enumerate(measures):
-        axes.plot([scale * m.low, scale * m.high], [y, y], color=INK, lw=2)
-    axes.scatter([scale * m.difference for m in measures], range(len(measures)), color=INK, s=24)
+        if m.n >= FEW:  # of fewer nothing is concluded
+            axes.plot([scale * m.low, scale * m.high], [y, y], color=INK, lw=2)
+            axes.scatter([scale * m.difference], [y], color=INK, s=24)
     axes.axvline(0, color=GREY, lw=1)
     axes.spines[["top", "right"]].set_visible(False)

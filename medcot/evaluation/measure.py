@@ -4,6 +4,7 @@ import contextlib
 import os
 from dataclasses import dataclass, fields, replace
 
+from ..choices import accepted_answers, carries_choices
 from ..data import SHOWCASE_QUESTION, normalise
 from ..identity import MEASURED, adapter_id
 from ..prompts import list_options
@@ -21,7 +22,7 @@ SHOWCASE_REFERENCE = "Normal post-void residual volume and no involuntary detrus
 RIGHT_ANSWER, MULTIPLE_CHOICE = "right answer", "multiple choice"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """All that one model, before or after, was measured to do; `compare` pairs two of them."""
 
@@ -61,7 +62,7 @@ class Results:
         asked = {i for name in ("choice_answers", "choices") if name in self.parts for i in self.parts[name].left_out}
         return len(rows) + len(asked)
 
-    def __str__(self):
+    def __repr__(self):
         lines = [f"{name.replace('_', ' ')}: {len(part)}, in {part.path.name}" for name, part in self.parts.items()]
         too_long = f"; {self.too_long} too long, left out" if self.too_long else ""
         return "\n".join(
@@ -124,13 +125,16 @@ def declare(splits, questions, settings):
 
     It is one of the parts of what is kept (`identity`): chosen after the results, it would prove nothing.
     """
-    if any((settings.output_dir / MEASURED).glob("*.jsonl")):
-        return
+    if process()[0] or any((settings.output_dir / MEASURED).glob("*.jsonl")):
+        return  # the first process speaks for all, once
     n, which = primary_questions(splits, questions, settings)
-    if process()[0] == 0:  # the first process speaks for all
-        print(f"primary measure, declared before anything is measured: {settings.primary_measure}, over {n} {which}")
-        if few := words.too_few(n):
-            print(few)
+    print(f"primary measure, declared before anything is measured: {settings.primary_measure}, over {n} {which}")
+    if not n:
+        print(
+            "nothing that is answered in words can be graded: give the rows options, or set primary_measure='multiple choice'"
+        )
+    elif few := words.too_few(n):
+        print(few)
 
 
 def primary_questions(splits, questions, settings) -> tuple[int, str]:
@@ -139,7 +143,7 @@ def primary_questions(splits, questions, settings) -> tuple[int, str]:
     if settings.primary_measure == MULTIPLE_CHOICE:
         return len(questions), f"multiple-choice questions of {questions.source}, by likelihood"
     answered = list(splits.eval.select(range(min(settings.answer_rows, len(splits.eval)))))
-    gradable = sum(any(row.get(name) for name in ("choices", "options", "answer")) for row in answered)
+    gradable = sum(carries_choices(row) or bool(accepted_answers(row, "an evaluation row")) for row in answered)
     if gradable or not asked:
         return gradable, f"evaluation rows of {splits.source}, answered in words"
     return len(asked), f"multiple-choice questions of {questions.source}, answered in words"

@@ -170,8 +170,8 @@ def table(measures):
     rows = [
         {
             "measure": m.name, "n": m.n, "before": level(m, "before"), "after": level(m, "after"),
-            "difference": f"{_show(m, m.difference, '+')}{'' if m.unit == '%' else ' ' + m.unit}",
-            "95 % interval": "" if m.verdict == TOO_FEW else interval(m), "verdict": m.verdict or "-", "group": m.group,
+            "difference": "" if m.n < FEW else f"{_show(m, m.difference, '+')}{'' if m.unit == '%' else ' ' + m.unit}",
+            "95 % interval": "" if m.n < FEW else interval(m), "verdict": m.verdict or "-", "group": m.group,
         }
         for m in measures
     ]  # fmt: skip
@@ -214,7 +214,7 @@ def as_lines(comparison) -> str:
     lines = [f"{'measure':<30}{'n':>5}{'before':>9}{'after':>9}{'difference (95 % interval)':>28}  verdict"]
     for m in comparison.measures:
         if m.group in (PRIMARY, SECONDARY, PROMPT):
-            change = "" if m.verdict == TOO_FEW else f"{_show(m, m.difference, '+')} ({interval(m)})"
+            change = "" if m.n < FEW else f"{_show(m, m.difference, '+')} ({interval(m)})"
             verdict = "not told apart" if m.verdict == UNCHANGED else m.verdict or "-"
             sides = f"{level(m, 'before'):>9}{level(m, 'after'):>9}"
             lines.append(f"{m.name:<30}{m.n:>5}{sides}{change:>28}  {verdict}")

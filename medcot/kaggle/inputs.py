@@ -58,12 +58,15 @@ class Inputs:
             path for path, names in kinds.items() if {"config.json", "tokenizer.json", ".safetensors"} <= names
         )
 
-    def tables(self, columns) -> list[Path]:
-        """Files of rows that name these columns, each under one of its names; jsonl alone holds questions."""
-        suffixes = {".jsonl", ".json", ".csv", ".parquet"} if columns == ROWS else {".jsonl"}
-        ours = {SESSION_FILE, TRAINING, "comparison.json"}
-        rows = [path for path in self.files if path.suffix in suffixes and path.name not in ours]
-        return [path for path in rows if MEASURED not in path.parts and _names_all(path, columns)]
+    def rows(self) -> list[Path]:
+        """Tables with the columns of the data set."""
+        tables = (path for path in self.files if path.suffix in (".jsonl", ".json", ".csv", ".parquet"))
+        return [path for path in tables if MEASURED not in path.parts and _names_all(path, ROWS)]
+
+    def questions(self) -> list[Path]:
+        """jsonl files of multiple-choice questions that are no training rows as well."""
+        tables = (path for path in self.files if path.suffix == ".jsonl" and MEASURED not in path.parts)
+        return [path for path in tables if _names_all(path, CHOICES) and not _names_all(path, ROWS)]
 
 
 def _names_all(path: Path, columns) -> bool:

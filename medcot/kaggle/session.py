@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,7 @@ from ..files import write_beside
 from ..settings import NOTICE, MedcotError, kaggle_root
 from .inputs import (
     CHECKPOINTS,
-    CHOICES,
     MEASURED,
-    ROWS,
     SESSION_FILE,
     TRAINED,
     TRAINING,
@@ -131,10 +130,10 @@ def prepare_session(settings=None, internet=True, takes=(), stamp="", limit_hour
     if model := only(inputs.models(), "config.json", wrong, "MEDCOT_MODEL"):
         os.environ["MEDCOT_MODEL"] = str(link(model, scratch))
         print(model_forecast(model), flush=True)
-    for variable, columns in (("MEDCOT_DATASET", ROWS), ("MEDCOT_CHOICES", CHOICES)):
-        if variable not in os.environ and (rows := only(inputs.tables(columns), "", wrong, variable)):
-            os.environ[variable] = str(rows)
-            print(f"{variable}: {rows}")
+    for variable, found in (("MEDCOT_DATASET", inputs.rows), ("MEDCOT_CHOICES", inputs.questions)):
+        if variable not in os.environ and (table := only(found(), "", wrong, variable)):
+            os.environ[variable] = str(table)
+            print(f"{variable}: {table}")
     if "01_baseline" in takes:
         take_measured(inputs, working, wrong)
     if "02_finetune" in takes:
@@ -158,12 +157,13 @@ def read_session(path: Path) -> dict:
 
 
 def _begin(inputs: Inputs, working: Path, stamp: str, limit_hours: float):
-    """Takes over what an earlier session left. Same code and settings: what is done is not done again."""
+    """Takes over what an earlier session left, unless it is of another run; what the same code has done is not done again."""
     earlier = [(record, path.parent) for path in inputs.places(SESSION_FILE) if (record := read_session(path))]
     done = {}
     if earlier:
         record, folder = max(earlier, key=lambda pair: pair[0].get("started", 0))
-        for name in (MEASURED, CHECKPOINTS):  # whether they belong to this run is checked where they are read
+        new = [name for name in (MEASURED, CHECKPOINTS) if not (working / name).exists()]
+        for name in new:
             copy(folder / name, working / name)
         if record.get("stamp", "").split()[:2] == stamp.split()[:2]:
             done = {name: how for name, how in record["notebooks"].items() if how == "done" and name in NOTEBOOKS[:2]}
@@ -172,9 +172,25 @@ def _begin(inputs: Inputs, working: Path, stamp: str, limit_hours: float):
                     copy(folder / name, working / name)
             for name in done:
                 copy(folder / "notebooks" / f"{name}.ipynb", working / "notebooks" / f"{name}.ipynb")
-        print(f"goes on from {folder}" + "".join(f"; {name} is done" for name in done))
+        elif reason := _other_run():
+            for name in new:
+                shutil.rmtree(working / name, ignore_errors=True)
+            os.environ["MEDCOT_EARLIER"] = tempfile.mkdtemp(prefix="medcot-nothing-")
+            print(f"begins anew: {reason}")
+        print(f"found {folder}" + "".join(f"; {name} is done" for name in done))
     record = {"stamp": stamp, "started": time.time(), "limit_hours": limit_hours, "notebooks": done}
     write_beside(working / SESSION_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def _other_run() -> str:
+    """Why the settings refuse what was taken over (a changed recipe, another model); empty if they do not.
+
+    Asked in a process of its own, which gives back the memory that torch takes.
+    """
+    command = [sys.executable, "-c", "from medcot.settings import load_settings; load_settings()"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stderr.strip().splitlines() or [""])[-1].partition(". Set that back")[0]
+    return last if done.returncode and "is of another run" in last else ""
 
 
 def run_notebook(name: str):

@@ -64,7 +64,9 @@ class Staged:
     takes: tuple[str, ...]
     """Names of the notebooks whose output is attached."""
     text: str
-    """The notebook, with the place of the stamp still open."""
+    """The notebook, with a digest of medcot's files in their place and the place of the stamp still open."""
+    files: tuple[str, str]
+    """That digest, and the files themselves as a zip archive in base64."""
 
     @property
     def ref(self) -> str:
@@ -79,10 +81,14 @@ class Staged:
     def stamp(self, after: int = 0) -> str:
         """The line by which source and output are known: a digest of all that is sent, and `after` which version it was.
 
-        Equal work has an equal digest.
+        Equal work has an equal digest, whichever zlib has packed the files.
         """
         identity = self.text + json.dumps(self.client_metadata(), sort_keys=True)
         return f"medcot-staged {hashlib.sha256(identity.encode()).hexdigest()} after-version-{after}"
+
+    def notebook(self, after: int = 0) -> str:
+        """The notebook as it is sent."""
+        return self.text.replace(_STAMP, self.stamp(after)).replace(*self.files)
 
     def client_metadata(self) -> dict:
         """What the kaggle client reads from kernel-metadata.json."""
@@ -104,7 +110,7 @@ class Staged:
         metadata = self.client_metadata()
         metadata["kernel_sources"] += [self.ref] if after and not anew else []
         shutil.rmtree(folder, ignore_errors=True)
-        write_beside(folder / metadata["code_file"], self.text.replace(_STAMP, self.stamp(after)))
+        write_beside(folder / metadata["code_file"], self.notebook(after))
         write_beside(folder / "kernel-metadata.json", json.dumps(metadata, indent=2) + "\n")
         return folder
 
@@ -157,7 +163,7 @@ def release(root: Path | None = None) -> list[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     for one in _staged(root, metadata, "anybody", clicks=True):
         written.append(folder / f"{one.ref.partition('/')[2]}.ipynb")
-        write_beside(written[-1], one.text.replace(_STAMP, one.stamp()))
+        write_beside(written[-1], one.notebook())
         address = f"{metadata.release_url}/{written[-1].name}"
         print(f"https://www.kaggle.com/kernels/welcome?src={address}" if metadata.release_url else written[-1])
     return written
@@ -192,10 +198,10 @@ def _staged(root: Path, metadata: Metadata, owner: str, clicks: bool = False) ->
         takes = tuple(paths)[:-1] if name == list(paths)[-1] else ()  # the last notebook compares what the others left
         if name == SESSION:
             notebook = _session_notebook(paths)
-            payload = _payload(root, {f"notebooks/{stem}.ipynb": path.read_bytes() for stem, path in paths.items()})
+            files = _pack(root, {f"notebooks/{stem}.ipynb": path.read_bytes() for stem, path in paths.items()})
         else:
-            notebook, payload = nbformat.read(paths[name], as_version=4), _payload(root, {})
-        cell = _first_cell(metadata, takes, pins, payload, name == SESSION)
+            notebook, files = nbformat.read(paths[name], as_version=4), _pack(root, {})
+        cell = _first_cell(metadata, takes, pins, files[0], name == SESSION)
         notebook.cells[:0] = [*([_clicks(name)] if clicks else []), cell]
         for other in notebook.cells:
             if other.cell_type == "code":
@@ -206,23 +212,23 @@ def _staged(root: Path, metadata: Metadata, owner: str, clicks: bool = False) ->
             "isInternetEnabled": metadata.enable_internet, "language": "python", "sourceType": "notebook",
         }  # fmt: skip
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        if len(text.encode()) > SOURCE_LIMIT:
+        staged.append(Staged(name, owner, metadata, takes, text, files))
+        if (size := len(staged[-1].notebook().encode())) > SOURCE_LIMIT:
             raise MedcotError(
-                f"{name}: {len(text.encode()):,} bytes with medcot embedded, Kaggle takes {SOURCE_LIMIT:,}: "
-                "strip the notebook's attachments, or shorten it"
+                f"{name}: {size:,} bytes with medcot embedded, Kaggle takes {SOURCE_LIMIT:,}: strip the notebook's "
+                "attachments, or shorten it"
             )
-        staged.append(Staged(name, owner, metadata, takes, text))
     return staged
 
 
-def _first_cell(metadata: Metadata, takes, pins: dict, payload: str, is_session: bool):
+def _first_cell(metadata: Metadata, takes, pins: dict, digest: str, is_session: bool):
     from nbformat.v4 import new_code_cell
 
     stamp = f'    stamp="{_STAMP}",\n' if is_session else ""
     source = (
         "# Put here by `medcot kaggle stage`: what the image lacks, medcot itself, and this run's inputs.\n"
         f"# {_STAMP}\n"
-        f'MEDCOT = "{payload}"\n\n\n'  # far from the calls, as a traceback shows the lines around one
+        f'MEDCOT = "{digest}"\n\n\n'  # far from the calls, as a traceback shows the lines around one
         f"{inspect.getsource(session.install)}\n\n"
         f"install(\n    exact={pins['exact']!r},\n    if_absent={pins['if_absent']!r},\n    at_least={pins['at_least']!r},\n"
         f"    internet={metadata.enable_internet},\n    payload=MEDCOT,\n)\n"
@@ -259,18 +265,19 @@ def _session_notebook(names):
     return new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}})
 
 
-def _payload(root: Path, files: dict[str, bytes]) -> str:
-    """medcot's Python files, and `files`, as a zip archive in base64: the same bytes for the same sources.
+def _pack(root: Path, files: dict[str, bytes]) -> tuple[str, str]:
+    """medcot's Python files, and `files`: a digest of them, and a zip archive in base64.
 
     Embedded in each notebook rather than put into a private data set, so that one push carries code and notebook of one
     state. The embedded model stays out: it has four times what Kaggle takes, and the profile of a T4 does not use it.
     """
     files = files | {str(path.relative_to(root)): path.read_bytes() for path in (root / "medcot").rglob("*.py")}
-    packed = io.BytesIO()
+    packed, digest = io.BytesIO(), hashlib.sha256()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(files):  # a ZipInfo without a date is of 1980: the time must not change the fingerprint
-            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED, 9)
-    return base64.b64encode(packed.getvalue()).decode()
+        for name in sorted(files):
+            archive.writestr(name, files[name])
+            digest.update(f"{name} {len(files[name])} ".encode() + files[name])
+    return f"medcot-files {digest.hexdigest()}", base64.b64encode(packed.getvalue()).decode()
 
 
 def read_pins(root: Path) -> dict[str, dict]:

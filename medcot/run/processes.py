@@ -26,7 +26,7 @@ def on_all_gpus(settings, command: str, read=lambda line: line):
     file = settings.output_dir / "settings.json"
     write_beside(file, json.dumps(asdict(settings), default=str, indent=1))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc_per_node}",
-              "-m", "medcot.cli", command, "--settings", str(file)]  # fmt: skip
+              "-m", "medcot", command, "--settings", str(file)]  # fmt: skip
     status, last = run_shown(launch, read)
     if status:
         # What a process itself says of its end stands far above torchrun's report of it.
