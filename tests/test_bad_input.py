@@ -443,12 +443,12 @@ METADATA = {
     "no UTF-8": (lambda text: text.decode().encode("utf-16"), "kaggle-metadata.json"),
     "a list": (lambda text: b"[]", "kaggle-metadata.json"),
     "nested too deep": (lambda text: b"[" * 100_000, "kaggle-metadata.json"),
-    "no kernels": (put("kernels", value=[]), "kernels"),
-    "a number for the kernels": (put("kernels", value=7), "kernels"),
-    "a notebook that climbs": (put("kernels", 0, "notebook", value="../../../etc/hostname"), "notebook"),
-    "an absolute notebook": (put("kernels", 0, "notebook", value="/etc/hostname"), "notebook"),
-    "a slug that climbs": (put("kernels", 0, "slug", value="../../escaped"), "slug"),
-    "a number for the slug": (put("kernels", 0, "slug", value=7), "slug"),
+    "no notebooks": (put("notebooks", value=[]), "notebooks"),
+    "a number for the notebooks": (put("notebooks", value=7), "notebooks"),
+    "a notebook that climbs": (put("notebooks", 0, value="../../../etc/hostname"), "notebook"),
+    "an absolute notebook": (put("notebooks", 0, value="/etc/hostname"), "notebook"),
+    "a name that climbs": (put("name", value="../../escaped"), "name"),
+    "a number for the name": (put("name", value=7), "name"),
 }
 
 

@@ -75,7 +75,8 @@ def _names_all(path: Path, columns) -> bool:
         head = file.read(65536)
         file.seek(max(0, path.stat().st_size - 65536))
         tail = file.read()
-    head, marks = (head.partition(b"\n")[0], '"{}"') if path.suffix == ".jsonl" else (head, "{}")
+    marks = '"{}":' if path.suffix.startswith(".json") else "{}"  # a key, as our own records have the names as values
+    head = head.partition(b"\n")[0] if path.suffix == ".jsonl" else head
     return any(
         all(any(marks.format(name).encode() in part for name in names) for names in columns) for part in (head, tail)
     )

@@ -28,9 +28,10 @@ EXACT = (
 # What those and medcot import beside them. An image has most of it; where it does, its version stays. All of it goes
 # in with --no-deps: unsloth declares a certifi that some indexes lack, and torch would come along.
 IF_ABSENT = (
-    "annotated-types", "cut-cross-entropy", "docstring-parser", "einops", "entrypoints", "formulaic", "hf-transfer",
-    "interface-meta", "ipywidgets", "json5", "msgspec", "narwhals", "nbclient", "nbformat", "nest-asyncio", "papermill", "patsy",
-    "pydantic", "pydantic-core", "rapidfuzz", "sentencepiece", "statsmodels", "structlog", "tenacity", "typeguard", "typer",
+    "annotated-types", "cut-cross-entropy", "docstring-parser", "einops", "entrypoints", "formulaic", "gguf",
+    "hf-transfer", "interface-meta", "ipykernel", "ipywidgets", "jinja2", "json5", "jupyter-client", "msgspec",
+    "narwhals", "nbclient", "nbformat", "nest-asyncio", "papermill", "patsy", "pydantic", "pydantic-core",
+    "rapidfuzz", "scikit-learn", "sentencepiece", "statsmodels", "structlog", "tenacity", "typeguard", "typer",
     "typing-extensions", "typing-inspection", "tyro", "wandb",
 )  # fmt: skip
 # The oldest that the others take; an image that is behind gets the locked one.
