@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,25 @@ def _unsloth():
         logging.getLogger(logger).setLevel(logging.ERROR)
     import unsloth
 
+    if "unsloth.models.llama" in sys.modules:  # its GPU path
+        sys.modules["unsloth.models.llama"].scaled_dot_product_attention = decoding_attention
     return unsloth
+
+
+def decoding_attention(query, key, value, enable_gqa=False, **arguments):
+    """Attention of one new token a row, in which each key and value is read once; else PyTorch's own.
+
+    query: rows x heads x 1 x size; key and value: rows x shared heads x tokens x size. Without flash attention, which a T4
+    lacks and which takes no padding anywhere, PyTorch copies shared keys and values for each of their query heads, in
+    float32. Here the query heads that share keys stand as so many queries of one head: the same sums, no copies.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    rows, heads, new, size = query.shape
+    if not enable_gqa or new > 1:
+        return scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **arguments)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    return scaled_dot_product_attention(grouped, key, value, **arguments).reshape(rows, heads, 1, size)
 
 
 def load_model(settings, adapter: Path | None = None):
@@ -160,22 +179,15 @@ def for_training(model):
     return _unsloth().FastLanguageModel.for_training(model) or model
 
 
-def keep_activations(model, tokens: int, gib: float) -> int:
-    """Exempts as many decoder layers from recomputation as `gib` GiB hold at `tokens` tokens a batch; returns how many.
+def exempt_from_recomputation(model, indices):
+    """The decoder layers of these indices keep their activations for the backward pass; the others recompute them."""
+    _unsloth()
+    from unsloth.models._utils import skip_checkpointing
 
-    A Llama layer keeps about 3 x intermediate_size + 5 x hidden_size 16-bit numbers a token for its backward pass
-    (inputs of the norms and projections, the gate and up products): measured as 0.83 GiB a layer at 7,000 tokens of
-    the 8-billion-parameter shape.
-    """
-    config = model.config
-    layer = tokens * 2 * (3 * config.intermediate_size + 5 * config.hidden_size)
-    layers = min(config.num_hidden_layers, int(gib * 2**30 / layer))
-    if layers:
-        _unsloth()
-        from unsloth.models._utils import skip_checkpointing
-
-        skip_checkpointing(model, layers)
-    return layers
+    skip_checkpointing(model, "max")
+    for i, layer in enumerate(model.get_decoder().layers):
+        if i not in indices:
+            layer.__dict__.pop("_unsloth_skip_checkpoint", None)
 
 
 def fresh_adapters(model, seed: int):

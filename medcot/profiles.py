@@ -21,7 +21,7 @@ _KAGGLE_T4 = Settings(profile="kaggle-t4")
 # The same rows, the same eight examples a step and the same losses, arranged for speed (tests/benchmarks/README.md).
 _KAGGLE_T4_FAST = replace(
     _KAGGLE_T4, profile="kaggle-t4-fast", per_device_train_batch_size=4, gradient_accumulation_steps=2,
-    padding_free=True, activation_memory_gib=8.0,
+    padding_free=True, activation_memory_gib=8.0, activation_host_gib=12.0,
 )  # fmt: skip
 # The embedded model has 1 million parameters, not 8,072 million, and starts without the form of the reasoning: it needs
 # more, larger steps (250 x 16 cases, each seen once, at 3e-3) where the 8B only changes its manner. Only completions are
@@ -110,7 +110,9 @@ def _session(profile: str, gpu: str | None) -> dict:
         try:
             found["session_minutes"] = float(minutes)
         except ValueError as error:
-            raise MedcotError(f"MEDCOT_SESSION_MINUTES={minutes!r} is no number: give minutes, 0 sets no limit") from error
+            raise MedcotError(
+                f"MEDCOT_SESSION_MINUTES={minutes!r} is no number: give minutes, 0 sets no limit"
+            ) from error
     return found | {field: os.environ[variable] for variable, field in named.items() if os.environ.get(variable)}
 
 

@@ -129,6 +129,8 @@ class Settings:
     """Recompute activations in the backward pass: slower, but 8 B parameters fit a T4 only so."""
     activation_memory_gib: Amount = 0.0
     """GiB of activations that may be kept instead (8 suits a T4); as many layers as fit it at the longest batch."""
+    activation_host_gib: Amount = 0.0
+    """GiB of host memory that the other layers' activations may be sent to (12 suits Kaggle); what fits neither is recomputed."""
     padding_free: bool = False
     """Lay the examples of a batch end to end instead of padding them to the longest (GPU only; attention stays apart)."""
 

@@ -3,7 +3,8 @@
 import os
 from dataclasses import dataclass
 
-from .model import for_training, keep_activations
+from .activations import arrange_activations
+from .model import for_training
 from .settings import MedcotError
 
 FORECAST_STEPS = 3  # steps after which a run says how long it will take
@@ -16,14 +17,10 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     supervised; `max_length` is always set, so that TRL's default of 1,024 never cuts an answer off. `run.resume.train`
     trains it with a chart, checkpoints that can be trusted and a record; `trainer.train()` without.
     """
-    if settings.activation_memory_gib and settings.device == "cuda":
-        # The rows' true lengths, not max_seq_length, decide what the longest batch can need.
-        lengths = sorted(map(len, examples["input_ids"]))[-settings.per_device_train_batch_size :]
-        layers = keep_activations(model, sum(lengths), settings.activation_memory_gib)
-        print(
-            f"{layers} of {model.config.num_hidden_layers} layers keep their activations: the longest {len(lengths)} "
-            f"examples have {sum(lengths):,} tokens"
-        )
+    # The rows' true lengths, not max_seq_length, decide what the longest micro-batch can need.
+    activations = arrange_activations(model, list(map(len, examples["input_ids"])), settings)
+    if activations.sent or settings.activation_memory_gib:
+        print(activations)
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -80,6 +77,8 @@ def _arguments(settings, held_out):
         ddp_find_unused_parameters=False,
         gradient_checkpointing=settings.gradient_checkpointing,
         padding_free=settings.padding_free,
+        # Laid end to end, examples have any number of tokens; matrix units take them in eights.
+        pad_to_multiple_of=8 if settings.padding_free and settings.device == "cuda" else None,
         report_to=settings.report_to,
         disable_tqdm=True,  # a bar as text instead, which also a batch log and a terminal show
     )

@@ -196,7 +196,7 @@ def test_every_setting_either_decides_or_is_free_to_change():
     by_their_rows = {"dataset", "dataset_config", "dataset_revision", "eval_rows", "answer_rows", "choice_dataset", "choice_dataset_revision",
                      "choice_rows", "choice_answer_rows", "chat_rows", "question_column", "reasoning_column", "response_column"}  # fmt: skip
     free = {"profile", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-            "activation_memory_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps", "session_minutes",
+            "activation_memory_gib", "activation_host_gib", "padding_free", "logging_steps", "eval_steps", "eval_loss_rows", "save_steps", "session_minutes",
             "report_to", "wandb_project", "output_dir", "earlier_output"}  # fmt: skip
     assert {field.name for field in fields(Settings)} == (
         deciding - {"examples_per_step"}

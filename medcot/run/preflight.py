@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from ..activations import free_host_gib
 from ..files import first_existing
 from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
 from ..training import FORECAST_STEPS, Forecast
@@ -22,7 +23,7 @@ OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
 def check_machine(settings):
     """Prints what is good to know about this machine. Raises MedcotError naming everything that rules it out."""
     wrong, notes = [], []
-    for check in (_gpus, _versions, _disk, _model):
+    for check in (_gpus, _host, _versions, _disk, _model):
         check(settings, wrong, notes)
     print("\n".join(notes))
     if wrong:
@@ -68,6 +69,17 @@ def _gpus(settings, wrong, notes):
         wrong.append(
             f"nproc_per_node={settings.nproc_per_node} and {len(cards)} GPU here: choose MEDCOT_PROFILE=kaggle-t4-fast"
         )
+
+
+def _host(settings, wrong, notes):
+    """Whether activations can be sent to host memory; without room for it they are recomputed, which is only slower."""
+    if settings.device == "cpu" or not settings.activation_host_gib:
+        return
+    room = free_host_gib(settings.nproc_per_node)
+    notes.append(
+        f"{room:.1f} GiB of host memory for activations in each process, up to {settings.activation_host_gib:.1f} are used"
+        + (": with less, more is computed twice" if room < settings.activation_host_gib else "")
+    )
 
 
 def _versions(settings, wrong, notes):

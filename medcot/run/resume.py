@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+from ..activations import release_host_memory
 from ..files import check_disk, only_process
 from ..identity import CHECKPOINT_FILE, RECORD_FILE
 from ..model import fresh_adapters
@@ -81,6 +82,7 @@ def _train(trainer, settings, checkpoint: Path | None, guard, record):
             print(f"going on from {checkpoint}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            release_host_memory(trainer.model)
             return
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or guard.updating or trainer.args.world_size > 1:
@@ -137,6 +139,7 @@ def _reduce_micro_batch(trainer, settings, record):
     import torch
 
     gc.collect()
+    release_host_memory(trainer.model)  # smaller micro-batches send less
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the attempt that failed says nothing of the next one's forecast

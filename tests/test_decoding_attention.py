@@ -1,0 +1,31 @@
+"""Attention of one new token, with keys and values that several query heads share, is PyTorch's own."""
+
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from medcot.model import decoding_attention
+
+
+@hypothesis(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5), shared=st.integers(1, 4), each=st.integers(1, 4), tokens=st.integers(1, 40),
+    new=st.sampled_from([1, 1, 3]), grouped=st.booleans(), padded=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_it_is_pytorchs_attention(rows, shared, each, tokens, new, grouped, padded, seed):
+    torch.manual_seed(seed)
+    heads = shared * each
+    query = torch.randn(rows, new, heads, 8).transpose(1, 2)  # as projections leave it: no dense layout
+    key, value = torch.randn(2, tokens, rows, shared, 8).permute(0, 2, 3, 1, 4)
+    if not grouped:
+        key, value = (part.repeat_interleave(each, dim=1) for part in (key, value))
+    mask = None
+    if padded:  # on the left, a different length in each row, the newest token always seen
+        mask = torch.arange(tokens) >= torch.randint(0, tokens, (rows, 1))
+        mask = mask[:, None, None, :]
+    found = decoding_attention(query, key, value, enable_gqa=grouped, attn_mask=mask, is_causal=False)
+    expected = scaled_dot_product_attention(query, key, value, enable_gqa=grouped, attn_mask=mask)
+    assert found.shape == expected.shape == (rows, heads, new, 8)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
