@@ -286,7 +286,7 @@ def test_options_scored_together_have_the_likelihood_they_have_alone(gpu):
                     model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(start) - 1 : -1].float()
                 )
             alone = logits.log_softmax(-1)[torch.arange(len(end)), torch.tensor(end)].sum().item()
-            assert found.items[i][0][k] == pytest.approx(alone, abs=0.05)
+            assert found.items[i].log_likelihood[k] == pytest.approx(alone, abs=0.05)
 
 
 def test_graph_decoding_writes_what_eager_decoding_writes(gpu, monkeypatch):
@@ -438,7 +438,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(gpu, tmp_path):
         settings.output_dir.mkdir()
         file = settings.output_dir / "settings.json"
         file.write_text(json.dumps(dataclasses.asdict(settings), default=str))
-        return settings, [sys.executable, "-m", "medcot.cli", "train", "--settings", str(file)]
+        return settings, [sys.executable, "-m", "medcot", "train", "--settings", str(file)]
 
     whole, run = command("whole")
     subprocess.run(run, check=True, capture_output=True)
@@ -472,7 +472,7 @@ def test_two_processes_measure_on_a_gpu_what_one_measures(gpu, tmp_path):
     for one_or_two in (settings, two):
         file = one_or_two.output_dir / "settings.json"
         file.write_text(json.dumps(dataclasses.asdict(one_or_two), default=str))
-    alone = [sys.executable, "-m", "medcot.cli", "evaluate", "--settings", str(settings.output_dir / "settings.json")]
+    alone = [sys.executable, "-m", "medcot", "evaluate", "--settings", str(settings.output_dir / "settings.json")]
     subprocess.run(alone, check=True, capture_output=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -480,7 +480,7 @@ def test_two_processes_measure_on_a_gpu_what_one_measures(gpu, tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
-             "--master_addr=127.0.0.1", f"--master_port={port}", "-m", "medcot.cli", "evaluate", "--settings", str(file)],
+             "--master_addr=127.0.0.1", f"--master_port={port}", "-m", "medcot", "evaluate", "--settings", str(file)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
