@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from answer_styles import HELD_OUT, HELD_OUT_NONE, NONE, STYLES, own_questions, written
+from blind_styles import BLIND, BLIND_NONE, SECOND_BLIND, SECOND_BLIND_NONE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mended_styles import MENDED, MENDED_NONE
 
 from medcot.evaluation.grading import extract_choice, grade
 from medcot.prompts import parse_completion
@@ -28,6 +30,17 @@ def answer(completion):
 # --- the bars ----------------------------------------------------------------------------------------------------------
 
 
+NAMES = ["development", "held out", "blind", "second blind", "mended by"]
+CHOOSING = [STYLES, HELD_OUT, BLIND, {each: each for each in SECOND_BLIND}, {each: each for each in MENDED}]
+CHOOSING_NONE = [
+    NONE,
+    HELD_OUT_NONE,
+    BLIND_NONE,
+    {each: each for each in SECOND_BLIND_NONE},
+    {each: each for each in MENDED_NONE},
+]
+
+
 def embedded():
     return own_questions() + held_out_cases(46, seed=HELD_OUT_SEED)
 
@@ -42,7 +55,7 @@ def questions(request):
     return [json.loads(line) for line in (Path(folder) / "medqa_first200.jsonl").open()]
 
 
-@pytest.mark.parametrize("styles", [STYLES, HELD_OUT], ids=["development", "held out"])
+@pytest.mark.parametrize("styles", CHOOSING, ids=NAMES)
 def test_the_chosen_option_is_found_in_every_style(questions, styles):
     answers = written(styles, questions, per_style=14)
     graded = [(style, extract_choice(text, choices), chosen) for style, text, choices, chosen in answers]
@@ -55,7 +68,7 @@ def test_the_chosen_option_is_found_in_every_style(questions, styles):
     assert right >= 0.93 * len(graded), {style for style, got, _ in graded if got is None}
 
 
-@pytest.mark.parametrize("styles", [NONE, HELD_OUT_NONE], ids=["development", "held out"])
+@pytest.mark.parametrize("styles", CHOOSING_NONE, ids=NAMES)
 def test_none_is_assigned_where_none_was_chosen(questions, styles):
     answers = written(styles, questions, per_style=14)
     assigned = [style for style, text, choices, _ in answers if extract_choice(text, choices) is not None]
@@ -120,7 +133,7 @@ def test_what_is_said_of_an_option_counts(text, expected):
         ("**C.** Morphine", 2),
         ("Use ceftriaxone rather than aspirin, so ceftriaxone.", 1),
         ("Not aspirin. MORPHINE!", 2),
-        ("vitamin C is missing", 3),
+        ("vitamin C is missing", None),  # a bare fact that starts with an option chooses nothing
         ("I would give Ceftriaxon.", 1),
         ("The answer is a fracture.", None),
         ("The answer is C. difficile.", None),

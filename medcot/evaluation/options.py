@@ -29,7 +29,7 @@ _AFTER = r"(?:is|are|was|were|isn't|and|or|nor|vs|versus|because|as|since|due|wo
          r"should|shouldn't|must|will|does|doesn't|do|don't|did|didn't|has|have|seems?|appears?|fits?|match(?:es)?|" \
          r"explains?|describes?|represents?|remains?|refers|offers|provides|gives|it|here|over|rather|instead|not|but|" \
          r"while|whereas|than|with|given|by|based|best|makes?|stands?|only|also|too|out|incorrect|correct|wrong|right|" \
-         r"unlikely|therefore|for|if|alone|mentions|suggests|lists|though|although|looks?|sounds?|lacks?|fails?|above|below|on|in|at|from|after|when)"  # fmt: skip
+         r"unlikely|therefore|for|if|alone|mentions|suggests|lists|though|although|looks?|sounds?|lacks?|fails?|above|below|on|in|at|from|after|when|then)"  # fmt: skip
 _END = rf"(?=\s*(?:$|\n|[,;:!?|)\]\"'}}/]|[-–—=<>]+\s|\.(?:\s*$|\s*\n|\s+[A-Z\d\ue000-\ue0ff]|[)\"']|\s*{MARK})|\(|{MARK})|\s+{_AFTER}\b)"
 _WRAPPED = r"(?<![\w)])[(\[](?P<wrapped>[A-Za-z])[.:]?[)\]]"
 _LABEL = rf"(?m:^)[\s>|•\-–—\"]*(?:\d+[.)]\s)?(?P<label>[A-Za-z])(?:\)|[.:](?=\s*(?:$|\n|[^\sa-z]))|\s*\||\s[-–—]+>?\s|(?=\s*$|\s*\n)|(?=\s*{MARK}))"
