@@ -139,7 +139,8 @@ class Settings:
     gradient_accumulation_steps: Count = 4
     """Forward passes per step: 2 x 4 = 8 examples a step."""
     nproc_per_node: Count = 1
-    """Processes, one a GPU, that torchrun starts for training and evaluation; examples and batches are divided among them."""
+    """Processes in all, one a GPU, that torchrun starts for training and evaluation; examples and batches are divided among
+    them. Named as torchrun's own flag because one machine is usual; of several it counts the GPUs of all."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Peak learning rate; 2e-4 is usual for LoRA."""
     max_steps: CountOrNone = 60

@@ -191,7 +191,10 @@ def run_training(settings, stop_after: int | None = None):
         check_processes(trainer, settings, trainer.state.global_step)  # of a run only taken over, work is left
         if trainer.is_world_process_zero():
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
-    # Left open, gloo's own thread may abort a process whose work is done. Not after an error: NCCL might wait for ever.
+    # Left open, gloo's own thread may abort a process whose work is done. Closed while that thread still waits for Python's
+    # lock to drop a gathered tensor, it waits for ever: the barrier lets go of the lock. Neither after an error: NCCL might
+    # wait for ever.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()
     return trainer
 
