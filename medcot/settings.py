@@ -77,7 +77,9 @@ class Settings:
     max_seq_length: Annotated[int, Field(ge=128)] = 2048
     """Longest training example, prompt and completion, in tokens."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """"cuda" (float16, as a T4 has no bfloat16) or "cpu" (float32)."""
+    """"cuda" (in `dtype`) or "cpu" (float32)."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """What a GPU computes in: float16 everywhere (a T4 has no bfloat16); the profile "gpu" asks the card."""
 
     # data
     dataset: Name = "FreedomIntelligence/medical-o1-reasoning-SFT"

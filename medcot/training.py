@@ -89,8 +89,8 @@ def _arguments(settings, held_out, steps: int):
         logging_nan_inf_filter=False,  # a loss that is not finite is shown, not replaced by a mean
         seed=settings.seed,
         data_seed=settings.seed,
-        fp16=settings.device == "cuda",
-        bf16=False,
+        fp16=settings.device == "cuda" and settings.dtype == "float16",
+        bf16=settings.device == "cuda" and settings.dtype == "bfloat16",
         use_cpu=settings.device == "cpu",
         ddp_backend="gloo" if settings.device == "cpu" and "LOCAL_RANK" in os.environ else None,
         ddp_find_unused_parameters=False,

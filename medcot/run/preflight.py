@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from ..files import first_existing
+from ..gpus import least_gib, shape_of, which_fit
 from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
 from ..training import FORECAST_STEPS, Forecast, total_steps
 from .resume import run_training
@@ -48,13 +49,15 @@ def _gpus(settings, wrong, notes):
             )
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
-    least, ample = GPU_GIB.get(settings.model, (0, 0))
+    notes.append(which_fit(gib))
+    shape = shape_of(settings.model) if settings.load_in_4bit and settings.model != EMBEDDED_MODEL else None
+    least, ample = GPU_GIB.get(settings.model, (0 if shape is None else least_gib(shape), 0))
     if gib < least:
         wrong.append(
             f"{cards[0][0]} has {gib:.1f} GiB of memory and {settings.model} needs at least {least:.0f}: "
             "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
         )
-    elif gib < ample:
+    elif gib < ample and settings.profile != "gpu":  # which has arranged itself
         notes.append(
             f"{gib:.1f} GiB of GPU memory may be too little where up to {ample:.1f} were used: choose "
             "MEDCOT_PROFILE=kaggle-t4 and lower generation_memory_gib"
