@@ -7,6 +7,7 @@ is not known here: Qwen's own does not.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -97,3 +98,27 @@ def test_one_without_bos_at_all_is_refused(tmp_path):
 def test_one_that_can_only_pad_with_eos_is_refused(tmp_path):
     with pytest.raises(MedcotError, match="pad_token None is not a token of its own"):
         load_tokenizer(qwen_like(tmp_path / "qwen", added=PLAIN[:2]))
+
+
+def test_a_model_of_the_qwen_kind_trains_saves_and_loads(settings, tmp_path):
+    """The whole of 02_finetune on random weights, biases in attention and all."""
+    import torch
+    from conftest import job
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from medcot.gpus import shape_of
+    from medcot.identity import adapter_id
+    from medcot.model import load_model
+
+    folder = qwen_like(tmp_path / "qwen")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    assert shape_of(folder).parameters == sum(weight.numel() for weight in model.parameters())
+    settings = replace(settings, model=folder, train_rows=40, max_steps=8, learning_rate=5e-3, report_to="none")
+    trainer = job(settings)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
+    saved, _ = load_model(settings, adapter=settings.adapter_dir)
+    assert adapter_id(saved) == adapter_id(trainer.model) != "base"
