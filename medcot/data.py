@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from . import identity
 from .choices import accepted_answers, carries_choices, read_choices, same_question
-from .prompts import encode_completion, encode_prompt, format_completion
+from .prompts import THINK_CLOSE, THINK_OPEN, encode_completion, encode_prompt, format_completion
 from .rows import COLUMNS, read_rows
-from .settings import EMBEDDED_CASES, HELD_OUT_SEED, MedcotError
+from .settings import EMBEDDED_CASES, HELD_OUT_SEED, USUAL_TRAIN_ROWS, MedcotError
 
 LEAST_ROWS = 10
 
@@ -59,7 +59,9 @@ class Splits:
 def load_splits(settings) -> Splits:
     """The training rows (the first `train_rows`) and the evaluation rows (the `eval_rows` after them).
 
-    Of a file with fewer rows a fifth is held out and the rest trains. Rows with an empty field are dropped, a row whose
+    With `train_rows=0` the evaluation rows are those of a usual run, after the first 500, so that what 01 and other runs
+    measured on them can be set beside it, and all others train. Of a file with fewer rows a fifth, the last, is held out and
+    the rest trains. Rows with an empty field are dropped, a row whose
     question already stands in training is moved out of the evaluation rows, and one that repeats another there is left
     out; all are counted, and one line says what is used and what is not. Raises MedcotError for a source that cannot be
     read, lacks a column or has too few rows, for options that cannot be graded, and for training rows other than those the
@@ -93,31 +95,41 @@ def _split(rows, revision, settings) -> Splits:
     empty = {i for column in COLUMNS for i, text in enumerate(rows[column]) if not (text or "").strip()}
     dropped["with an empty field dropped"] = len(empty)
     usable = [i for i in range(len(rows)) if i not in empty]
+    questions = {i: normalise(question) for i, question in enumerate(rows["Question"]) if i not in empty}
     first, held_out = _sizes(len(usable), settings)
-    train = rows.select(usable[:first])
-    seen, asked, kept, moved, repeated = {normalise(question) for question in train["Question"]}, set(), [], 0, 0
-    for at, i in enumerate(usable[first:], first + 1):
-        if len(kept) == held_out:
-            at -= 1
-            break
-        key = _asked(rows[i], f"{settings.dataset}, row {i}")
-        if normalise(rows[i]["Question"]) in seen:
-            moved += 1
-        elif key in asked:
-            repeated += 1
-        else:
-            asked.add(key)
-            kept.append(i)
-    dropped["moved out of evaluation because the question stands in training"] = moved
-    dropped["left out of evaluation because the question stands there already"] = repeated
+    kept, moved, repeated = _hold_out(rows, questions, first, held_out, settings)
+    dropped["moved out of evaluation because the question stands in training"] = len(moved)
     if not kept:
         raise MedcotError(
-            f"{settings.dataset} has {len(usable)} usable rows ({len(empty)} with an empty field, {moved} repeating a "
+            f"{settings.dataset} has {len(usable)} usable rows ({len(empty)} with an empty field, {len(moved)} repeating a "
             f"training question), and at least {LEAST_ROWS} are needed, some of them with a question of their own"
         )
-    dropped["left unused"] = len(usable) - at
-    evaluation = rows.select(kept)
+    if settings.train_rows:
+        training = usable[:first]
+        dropped["left out of evaluation because the question stands there already"] = len(repeated)
+        dropped["left unused"] = len(usable) - first - len(kept) - len(moved) - len(repeated)
+    else:
+        asked = {questions[i] for i in kept}
+        training = [i for i in usable if questions[i] not in asked]
+        dropped["left out of training because the question is held out"] = len(usable) - len(kept) - len(training)
+    train, evaluation = rows.select(training), rows.select(kept)
     return Splits(train, evaluation, settings.dataset, revision, fingerprint(train, evaluation), dropped)
+
+
+def _hold_out(rows, questions: dict, first: int, count: int, settings) -> tuple[list, list, list]:
+    """Of the rows after the first ones, by index: those to evaluate on, those whose question is among the first, and repeats.
+
+    `questions`: the usable rows' normalised ones, by index.
+    """
+    usable, asked, kept, moved, repeated = list(questions), set(), [], [], []
+    seen = {questions[i] for i in usable[:first]}
+    for i in usable[first:]:
+        if len(kept) == count:
+            break
+        key = _asked(rows[i], f"{settings.dataset}, row {i}")
+        (moved if questions[i] in seen else repeated if key in asked else kept).append(i)
+        asked.add(key)
+    return kept, moved, repeated
 
 
 def _check_text(rows, settings):
@@ -135,10 +147,11 @@ def _check_text(rows, settings):
 
 def _sizes(usable: int, settings) -> tuple[int, int]:
     """(training, evaluation) rows: as the settings say, or where a file has fewer, a fifth of them held out."""
-    if usable >= settings.train_rows + settings.eval_rows:
-        return settings.train_rows, settings.eval_rows
+    wanted = settings.train_rows or USUAL_TRAIN_ROWS
+    if usable >= wanted + settings.eval_rows:
+        return wanted, settings.eval_rows
     held_out = min(settings.eval_rows, usable // 5) if usable >= LEAST_ROWS else 0
-    return min(settings.train_rows, usable - held_out), held_out
+    return min(settings.train_rows or usable, usable - held_out), held_out
 
 
 def _asked(row, place: str) -> str:
@@ -153,7 +166,7 @@ def fingerprint(*splits) -> str:
     """SHA-256 over the three text columns of all rows, in order."""
     digest = hashlib.sha256()
     for split in splits:
-        for row in split:
+        for row in split.select_columns(list(COLUMNS)):
             digest.update(json.dumps([row[column] for column in COLUMNS], ensure_ascii=False).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
@@ -167,6 +180,33 @@ def encode_example(row, tokenizer) -> dict:
     return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
 
 
+def encode_rows(rows, tokenizer, settings):
+    """`encode_example` of every row, as a `datasets.Dataset`; all tokens supervised unless `completion_only_loss`.
+
+    Encoded one by one and, for rows that come from files, kept in the cache of `datasets`: a later start with the same rows,
+    tokenizer and prompt reads them from there.
+    """
+    import datasets
+
+    def encode(row):
+        example = encode_example(row, tokenizer)
+        whole = {} if settings.completion_only_loss else {"completion_mask": [1] * len(example["input_ids"])}
+        return example | whole
+
+    # Our own name for the result: the one `datasets` computes changes with whatever the function can reach.
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    probe = encode(dict.fromkeys(COLUMNS, f" {THINK_OPEN}a {THINK_CLOSE}"))  # changes with the prompt and its form
+    parts = {"rows": fingerprint(rows), "tokenizer": vocabulary, "probe": probe, "version": 1}
+    columns = {"input_ids": datasets.Value("int32"), "completion_mask": datasets.Value("int8")}
+    return rows.map(
+        encode,
+        remove_columns=rows.column_names,
+        features=datasets.Features({name: datasets.List(value) for name, value in columns.items()}),
+        new_fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32],
+        desc="tokens",
+    )
+
+
 def to_examples(rows, tokenizer, settings, show: bool = True):
     """Rows as a `datasets.Dataset` of token sequences, ready for a TRL trainer.
 
@@ -176,31 +216,23 @@ def to_examples(rows, tokenizer, settings, show: bool = True):
     Shows the first example with its supervised tokens coloured. Raises MedcotError if no row is left or if a row does
     not have exactly one BOS and one EOS.
     """
-    import datasets
-
-    examples, over_long = [], []
-    for i, row in enumerate(rows):
-        example = encode_example(row, tokenizer)
-        if len(example["input_ids"]) > settings.max_seq_length:
-            over_long.append(i)
-            continue
-        _check_example(example["input_ids"], i, tokenizer)
-        if not settings.completion_only_loss:
-            example["completion_mask"] = [1] * len(example["input_ids"])
-        examples.append(example)
-    if not examples:
+    encoded, fitting = encode_rows(rows, tokenizer, settings), []
+    for i, tokens in enumerate(encoded["input_ids"]):
+        if len(tokens) <= settings.max_seq_length:
+            _check_example(tokens, i, tokenizer)
+            fitting.append(i)
+    over_long = len(encoded) - len(fitting)
+    if not fitting:
         raise MedcotError(
-            f"all {len(over_long)} rows are longer than max_seq_length={settings.max_seq_length} tokens: raise it"
+            f"all {over_long} rows are longer than max_seq_length={settings.max_seq_length} tokens: raise it"
         )
+    examples = encoded.select(fitting)
     if show:
-        left_out = f", {len(over_long)} left out as longer than {settings.max_seq_length} tokens" if over_long else ""
+        left_out = f", {over_long} left out as longer than {settings.max_seq_length} tokens" if over_long else ""
         print(f"{len(examples)} examples{left_out}; the first, with its supervised tokens coloured:")
         show_example(examples[0], tokenizer)
-    found = datasets.Dataset.from_list(examples)
-    found.info.description = fingerprint(
-        rows
-    )  # travels with the examples, so that a run can say what it was trained on
-    return found
+    examples.info.description = fingerprint(rows)  # travels along, so that a run can say what it was trained on
+    return examples
 
 
 def _check_example(input_ids, row, tokenizer):

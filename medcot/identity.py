@@ -15,11 +15,11 @@ from .settings import MedcotError
 # What decides the weights that training arrives at, and the answers that a model gives. Any other setting may change within
 # a run: it says where files go, what is shown, or how examples lie in memory. Rows and model are parts of their own.
 TRAINING = (
-    "load_in_4bit", "device", "r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "max_steps", "warmup_steps",
+    "load_in_4bit", "device", "dtype", "r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "max_steps", "warmup_steps",
     "lr_scheduler_type", "optim", "weight_decay", "completion_only_loss", "seed", "train_rows", "examples_per_step",
 )  # fmt: skip
 MEASURING = (
-    "load_in_4bit", "device", "max_seq_length", "max_new_tokens", "generation_batch_size", "generation_memory_gib",
+    "load_in_4bit", "device", "dtype", "max_seq_length", "max_new_tokens", "generation_batch_size", "generation_memory_gib",
     "nproc_per_node", "score_batch_tokens", "primary_measure",
 )  # fmt: skip
 RECORD_FILE, CHECKPOINT_FILE, ADAPTER_FILE = "training.json", "checkpoint.json", "identity.json"

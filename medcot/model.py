@@ -55,7 +55,7 @@ def decoding_attention(query, key, value, enable_gqa=False, **arguments):
 def load_model(settings, adapter: Path | None = None):
     """The model in 4-bit through Unsloth, and its tokenizer; with `adapter`, the adapters of that folder on top.
 
-    float16 on a GPU (a T4 has no bfloat16), float32 on a CPU. Only safetensors are read and no remote code runs.
+    `dtype` on a GPU, float32 on a CPU. Only safetensors are read and no remote code runs.
     Raises MedcotError for a model that is not there, has no safetensors, does not fit the adapter, or is another one
     than the output folder's run was made with.
     """
@@ -78,7 +78,7 @@ def load_model(settings, adapter: Path | None = None):
                 revision=revision,
                 use_exact_model_name=True,  # `_locate` has taken the 4-bit copy for the name already
                 max_seq_length=settings.max_seq_length,
-                dtype=torch.float16 if settings.device == "cuda" else torch.float32,
+                dtype=getattr(torch, settings.dtype) if settings.device == "cuda" else torch.float32,
                 load_in_4bit=settings.load_in_4bit,
                 use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
                 use_safetensors=True,

@@ -15,6 +15,7 @@ from .environment import (
     on_kaggle,
     prepare_environment,
 )
+from .gpus import arrange
 from .settings import EMBEDDED_CASES, EMBEDDED_MODEL, Settings, neighbour, short
 
 _KAGGLE_T4 = Settings(profile="kaggle-t4")
@@ -39,6 +40,10 @@ PROFILES = {
     "kaggle-t4-fast": _KAGGLE_T4_FAST,
     # Kaggle's T4 session has two cards; 4 x 1 x 2 cards = the same eight examples a step.
     "kaggle-t4x2": replace(_KAGGLE_T4_FAST, profile="kaggle-t4x2", gradient_accumulation_steps=1, nproc_per_node=2),
+    # Any other CUDA card from 8 GB; `load_settings` arranges it by the card's memory and capability.
+    "gpu": replace(
+        _KAGGLE_T4, profile="gpu", per_device_train_batch_size=1, gradient_accumulation_steps=8, padding_free=True,
+    ),
     "tiny": _TINY,
     "smoke": replace(
         _TINY, profile="smoke", train_rows=64, eval_rows=12, answer_rows=6, per_device_train_batch_size=4,
@@ -72,7 +77,11 @@ def load_settings(**changes) -> Settings:
             f"profile {profile!r} needs a CUDA GPU and this machine has none: "
             "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
         )
-    settings = replace(settings, **_session(profile, gpu) | changes)
+    changes = _session(profile, gpu) | changes
+    if profile == "gpu":
+        card = torch.cuda.get_device_properties(0).total_memory / 2**30, torch.cuda.get_device_capability(0)
+        changes = arrange(changes.get("model", settings.model), *card) | changes
+    settings = replace(settings, **changes)
     check_output(settings.output_dir)
     identity.check(settings)
     print(

@@ -16,6 +16,7 @@ __all__ = ["ADAPTER_FOLDER", "EMBEDDED_CASES", "EMBEDDED_MODEL", "HELD_OUT_SEED"
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny" / "model")
 EMBEDDED_CASES = "embedded cases"
+USUAL_TRAIN_ROWS = 500  # the first rows of a data set, after which the evaluation rows of a usual run stand
 HELD_OUT_SEED = 2026  # draws the embedded evaluation cases: the same ones whatever seed a run trains with
 ADAPTER_FOLDER = "DeepSeek-R1-Medical-COT"
 Count = Annotated[int, Field(ge=1)]
@@ -76,7 +77,9 @@ class Settings:
     max_seq_length: Annotated[int, Field(ge=128)] = 2048
     """Longest training example, prompt and completion, in tokens."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """"cuda" (float16, as a T4 has no bfloat16) or "cpu" (float32)."""
+    """"cuda" (in `dtype`) or "cpu" (float32)."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """What a GPU computes in: float16 everywhere (a T4 has no bfloat16); the profile "gpu" asks the card."""
 
     # data
     dataset: Name = "FreedomIntelligence/medical-o1-reasoning-SFT"
@@ -91,10 +94,10 @@ class Settings:
     """Column that holds the chain of thought."""
     response_column: Name = "Response"
     """Column that holds the answer."""
-    train_rows: Count = 500
-    """Training rows: the first ones of the data set."""
+    train_rows: CountOrNone = USUAL_TRAIN_ROWS
+    """Training rows: the first ones of the data set; 0 trains on all but the evaluation rows."""
     eval_rows: Count = 100
-    """Evaluation rows: the ones right after the training rows."""
+    """Evaluation rows: the ones right after the training rows, with train_rows=0 after the first 500, as of a usual run."""
     answer_rows: Count = 18
     """How many of the evaluation rows are answered by generation, to be read."""
 
@@ -140,11 +143,12 @@ class Settings:
     gradient_accumulation_steps: Count = 4
     """Forward passes per step: 2 x 4 = 8 examples a step."""
     nproc_per_node: Count = 1
-    """Processes, one a GPU, that torchrun starts for training and evaluation; examples and batches are divided among them."""
+    """Processes in all, one a GPU, that torchrun starts for training and evaluation; examples and batches are divided among
+    them. Named as torchrun's own flag because one machine is usual; of several it counts the GPUs of all."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Peak learning rate; 2e-4 is usual for LoRA."""
-    max_steps: Count = 60
-    """Optimizer steps: 60 x 8 = 480 examples, just under one pass over 500 rows."""
+    max_steps: CountOrNone = 60
+    """Optimizer steps: 60 x 8 = 480 examples, just under one pass over 500 rows; 0 is exactly one pass over the rows."""
     warmup_steps: CountOrNone = 5
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -190,10 +194,12 @@ class Settings:
     @model_validator(mode="after")
     def _fit_each_other(self):
         wrong = []
-        if self.warmup_steps >= self.max_steps:
+        if 0 < self.max_steps <= self.warmup_steps:  # of one pass it is known with the rows: `training.total_steps`
             wrong.append(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
             )
+        if not self.train_rows and self.dataset == EMBEDDED_CASES:
+            wrong.append("train_rows=0 means all rows of a data set, and the embedded cases have no end: give a number")
         wrong += [
             f"{name}={getattr(self, name)} exceeds eval_rows={self.eval_rows}: lower {name} or raise eval_rows"
             for name in ("answer_rows", "eval_loss_rows")
@@ -223,11 +229,17 @@ class Settings:
         import pandas
 
         processes = f" x {self.nproc_per_node} processes" if self.nproc_per_node > 1 else ""
+        rows, examples = short(self.dataset), self.examples_per_step
         lines = {
             "model": f"{short(self.model)}, {'4-bit' if self.load_in_4bit else '16-bit'}, on {self.device}",
-            "training rows": f"the first {self.train_rows:,} of {short(self.dataset)}",
-            "evaluation rows": f"the {self.eval_rows:,} after them, {self.answer_rows} answered in words",
-            "steps": f"{self.max_steps} x {self.examples_per_step} examples = {self.max_steps * self.examples_per_step:,}",
+            "training rows": f"the first {self.train_rows:,} of {rows}"
+            if self.train_rows
+            else f"all the other rows of {rows}",
+            "evaluation rows": f"the {self.eval_rows:,} after "
+            f"{'them' if self.train_rows else f'the first {USUAL_TRAIN_ROWS}'}, {self.answer_rows} answered in words",
+            "steps": f"{self.max_steps} x {examples} examples = {self.max_steps * examples:,}"
+            if self.max_steps
+            else f"one pass, {examples} examples each",
             "examples a step": f"{self.per_device_train_batch_size} at once x {self.gradient_accumulation_steps}{processes}",
             "learning rate": f"{self.learning_rate:g}, {self.lr_scheduler_type}, {self.warmup_steps} steps of warm-up",
             "LoRA": f"r {self.r}, alpha {self.lora_alpha}, dropout {self.lora_dropout:g}, {len(self.target_modules)} projections",

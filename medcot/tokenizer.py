@@ -11,8 +11,8 @@ _ROUND_TRIP = (
     "β-blocker, naïve, ≥ 65",
     "ألم 胸痛 🫀",
 )
-# Reserved tokens of the Llama 3 vocabulary that can pad, for tokenizers that name EOS as their padding.
-_PADS = ("<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|reserved_special_token_0|>")
+# Reserved tokens of the Llama 3 and Qwen 2 vocabularies that can pad, for tokenizers that name EOS as their padding.
+_PADS = ("<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "<|reserved_special_token_0|>", "<|vision_pad|>")
 
 
 def load_tokenizer(source: str, revision: str | None = None, local_files_only: bool = False):

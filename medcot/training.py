@@ -1,5 +1,6 @@
 """The trainer: a plain function that returns a stock TRL trainer; and what its first steps say of the whole run."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from .model import for_training
 from .settings import MedcotError
 
 FORECAST_STEPS = 3  # steps after which a run says how long it will take
+QUOTA_HOURS = 30  # of a GPU that Kaggle gives away in a week, by the clock
 
 
 def make_trainer(model, tokenizer, examples, settings, held_out=None):
@@ -28,7 +30,7 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     trainer = SFTTrainer(
         model=for_training(model),
         processing_class=tokenizer,
-        args=_arguments(settings, held_out),
+        args=_arguments(settings, held_out, total_steps(len(examples), settings)),
         train_dataset=examples,
         eval_dataset=held_out,
     )
@@ -39,7 +41,21 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     return trainer
 
 
-def _arguments(settings, held_out):
+def total_steps(examples: int, settings) -> int:
+    """Optimizer steps of a run on so many examples: `max_steps`, or with 0 those of one pass, the last of which may be short.
+
+    The one place that knows: what runs reads `trainer.args.max_steps`. Raises MedcotError if the warm-up leaves nothing of a pass.
+    """
+    steps = settings.max_steps or math.ceil(examples / settings.examples_per_step)
+    if settings.warmup_steps >= steps:
+        raise MedcotError(
+            f"warmup_steps={settings.warmup_steps} leaves nothing of one pass over {examples:,} examples, {steps} steps: "
+            "lower warmup_steps"
+        )
+    return steps
+
+
+def _arguments(settings, held_out, steps: int):
     """`settings` as a `trl.SFTConfig`."""
     import torch
     from transformers.training_args import OptimizerNames
@@ -55,7 +71,7 @@ def _arguments(settings, held_out):
         per_device_eval_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
-        max_steps=settings.max_steps,
+        max_steps=steps,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.lr_scheduler_type,
         optim=settings.optim,
@@ -70,8 +86,8 @@ def _arguments(settings, held_out):
         logging_nan_inf_filter=False,  # a loss that is not finite is shown, not replaced by a mean
         seed=settings.seed,
         data_seed=settings.seed,
-        fp16=settings.device == "cuda",
-        bf16=False,
+        fp16=settings.device == "cuda" and settings.dtype == "float16",
+        bf16=settings.device == "cuda" and settings.dtype == "bfloat16",
         use_cpu=settings.device == "cpu",
         ddp_backend="gloo" if settings.device == "cpu" and "LOCAL_RANK" in os.environ else None,
         ddp_find_unused_parameters=False,
@@ -102,6 +118,15 @@ class Forecast:
     """GPU memory at the widest micro-batch; None without a GPU."""
     gpu_gib: float | None = None
     """GPU memory that there is."""
+    session_minutes: float | None = None
+    """Of each session that follows; None where sessions have no limit."""
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that the training takes: what is left of this one and, beyond it, whole ones."""
+        if not self.session_minutes or self.minutes_left is None or self.minutes <= self.minutes_left:
+            return 1
+        return 1 + math.ceil((self.minutes - self.minutes_left) / self.session_minutes)
 
     def __str__(self):
         words = (
@@ -111,6 +136,10 @@ class Forecast:
             words += f" of {self.minutes_left:.0f} that the session has left"
             if self.minutes > self.minutes_left:
                 words += " (too few: training will stop before that, with a checkpoint to go on from)"
+            if self.session_minutes:
+                sessions = "1 session" if self.sessions == 1 else f"{self.sessions} sessions"
+                words += f", {sessions} of {self.session_minutes:.0f} minutes, {self.minutes / 60:.1f} of a week's "
+                words += f"{QUOTA_HOURS} GPU hours on Kaggle"
         if self.peak_gib is not None:
             words += f" and {self.peak_gib:.1f} of {self.gpu_gib:.1f} GiB of GPU memory at the widest batch"
             if self.peak_gib > self.gpu_gib:
@@ -123,20 +152,21 @@ def forecast(epoch: list[list[int]], seconds: list[float], first: int, steps: in
 
     `epoch`: for each step of an epoch, the tokens of its micro-batches, padding included. `seconds` each of the
     first steps took, the run having begun at step `first`. Seconds a token are taken from the steps after the first, which
-    compiles; the tokens of every step to come are known, since the order of the rows is. `there` may give `minutes_left`,
-    and `memory_before`, `memory_peak` and `memory` in bytes: use grows in proportion to the widest micro-batch above what
+    compiles; the tokens of every step to come are known, since the order of the rows is. `there` may give `minutes_left`
+    and `session_minutes`, and `memory_before`, `memory_peak` and `memory` in bytes: use grows in proportion to the widest micro-batch above what
     was in use before.
     """
     widths, done = [sum(step) for step in epoch], first + len(seconds)
     timed = [i % len(epoch) for i in range(first, done)]
     rate = sum(seconds[1:]) / sum(widths[i] for i in timed[1:])
     to_come = sum(widths[i % len(epoch)] for i in range(done, steps))
-    minutes, left = (sum(seconds) + rate * to_come) / 60, there.get("minutes_left")
+    minutes = (sum(seconds) + rate * to_come) / 60
+    limits = {"minutes_left": there.get("minutes_left"), "session_minutes": there.get("session_minutes")}
     if "memory_peak" not in there:
-        return Forecast(steps - first, minutes, left)
+        return Forecast(steps - first, minutes, **limits)
     before, seen = there["memory_before"], max(max(epoch[i]) for i in timed)
     peak = before + (there["memory_peak"] - before) * max(map(max, epoch)) / seen
-    return Forecast(steps - first, minutes, left, peak / 2**30, there["memory"] / 2**30)
+    return Forecast(steps - first, minutes, peak_gib=peak / 2**30, gpu_gib=there["memory"] / 2**30, **limits)
 
 
 def token_widths(trainer) -> list[list[int]]:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +208,49 @@ def test_two_processes_go_on_where_two_stopped(pair, tmp_path):
     assert losses(settings) == losses(pair[1])
     weights = "DeepSeek-R1-Medical-COT/adapter_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (pair[1].output_dir / weights).read_bytes()
+
+
+def agents(settings):
+    """`medcot train` by two agents of torchrun, each with one process, as on machines that share a folder; what they said."""
+    file = settings.output_dir / "settings.json"
+    file.write_text(json.dumps(asdict(settings), default=str))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=medcot", "--local_addr=127.0.0.1", "-m", "medcot", "train",
+              "--settings", str(file)]  # fmt: skip
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    logs = [settings.output_dir / f"agent-{i}.log" for i in range(2)]
+    with contextlib.ExitStack() as stack:
+        started = [
+            subprocess.Popen(
+                launch, env=environment, stdout=stack.enter_context(log.open("w")), stderr=subprocess.STDOUT
+            )
+            for log in logs
+        ]
+        try:
+            for agent in started:
+                agent.wait(timeout=100)
+        finally:
+            for agent in started:
+                agent.kill()
+    said = [log.read_text() for log in logs]
+    assert [agent.returncode for agent in started] == [0, 0], said
+    return said
+
+
+def test_two_machines_train_and_go_on_as_one_process_does(pair, tmp_path):
+    one, two = pair
+    settings = replace(two, output_dir=tmp_path, session_minutes=0.01)
+    said = agents(settings)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 1
+    assert sum("stopped at step 1 of 5 (session_minutes=0.01 are used)" in words for words in said) == 1
+    said = agents(replace(settings, session_minutes=0))
+    assert sum(f"going on from {tmp_path}/checkpoints/checkpoint-1" in words for words in said) == 1
+    assert losses(settings) == pytest.approx(losses(one), abs=1e-3) and len(losses(settings)) == 5
+    weights = "DeepSeek-R1-Medical-COT/adapter_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (two.output_dir / weights).read_bytes()
 
 
 def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):

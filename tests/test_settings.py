@@ -67,7 +67,8 @@ def test_the_recipe_shows_every_number_that_decides():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"max_steps": 0}, ["max_steps=0", "greater than or equal to 1"]),
+        ({"max_steps": -1}, ["max_steps=-1", "greater than or equal to 0"]),
+        ({"dataset": "embedded cases", "train_rows": 0}, ["train_rows=0", "no end: give a number"]),
         ({"r": 2.5}, ["r=2.5", "valid integer"]),
         ({"warmup_steps": 60}, ["warmup_steps=60", "max_steps=60", "lower warmup_steps"]),
         ({"answer_rows": 101}, ["answer_rows=101", "eval_rows=100", "raise eval_rows"]),

@@ -30,7 +30,7 @@ def run_harness(settings, tasks: list[str], adapter: Path | None = None, include
     config = folder / "adapter_config.json"
     trained = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     arguments = {"pretrained": trained.get("base_model_name_or_path") or settings.model}
-    arguments["dtype"] = "float16" if settings.device == "cuda" else "float32"
+    arguments["dtype"] = settings.dtype if settings.device == "cuda" else "float32"
     arguments |= {"revision": settings.model_revision} if settings.model_revision else {}
     arguments |= {"tokenizer": folder} if trained else {}
     arguments |= {"peft": adapter} if adapter else {}

@@ -128,6 +128,13 @@ def _shared_tokens(items) -> list[int]:
     return first[: min(same, *(len(prompt) - 1 for prompt in prompts))]
 
 
+def _half(model):
+    """The 16-bit type that a model on a GPU was loaded in."""
+    import torch
+
+    return torch.bfloat16 if model.get_input_embeddings().weight.dtype is torch.bfloat16 else torch.float16
+
+
 def _keys_and_values(model, tokens):
     """(number of tokens, keys and values of each layer, of shape 1 x heads x tokens x head size)."""
     import torch
@@ -135,7 +142,7 @@ def _keys_and_values(model, tokens):
     if not tokens:
         return 0, None
     device_type = torch.device(model.device).type
-    with torch.inference_mode(), torch.autocast(device_type, dtype=torch.float16, enabled=device_type == "cuda"):
+    with torch.inference_mode(), torch.autocast(device_type, dtype=_half(model), enabled=device_type == "cuda"):
         ids = torch.tensor([tokens], device=model.device)
         return len(tokens), model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
 
@@ -196,8 +203,8 @@ def _each_by_itself(batch: _Layout, model, skipped: int) -> dict:
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     rows, columns = batch.segments[:, :, None], batch.segments[:, None, :]
     seen = (causal & ((columns == 0) | (columns == rows)))[:, None].to(model.device)
-    # Added to the attention scores, so in the type they are computed in (float16 under autocast).
-    dtype = torch.float16 if seen.is_cuda else model.dtype
+    # Added to the attention scores, so in the type they are computed in (16 bits under autocast).
+    dtype = _half(model) if seen.is_cuda else model.dtype
     mask = torch.zeros((*seen.shape[:3], skipped + longest), dtype=dtype, device=seen.device)
     mask[..., skipped:].masked_fill_(~seen, torch.finfo(dtype).min)
     return {"attention_mask": mask, "position_ids": skipped + batch.positions.to(model.device)}
@@ -223,7 +230,7 @@ def _score_batch(model, tokenizer, items, shared=(0, None)) -> list[list[float]]
         arguments["past_key_values"] = _for_each_row(past, len(items))
     device_type = torch.device(model.device).type
     totals, chunk = [[0.0] * len(continuations) for _, continuations in items], 256
-    with torch.inference_mode(), torch.autocast(device_type, dtype=torch.float16, enabled=device_type == "cuda"):
+    with torch.inference_mode(), torch.autocast(device_type, dtype=_half(model), enabled=device_type == "cuda"):
         ids = batch.ids.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
         hidden, head = hidden[tuple(torch.tensor(batch.where).T.to(model.device))], model.get_output_embeddings()

@@ -170,6 +170,8 @@ def run_evaluation(settings):
             evaluate(model, tokenizer, splits, questions, settings)
         if tuned:
             evaluate(model, tokenizer, splits, questions, settings)
+        if process()[1] > 1:
+            torch.distributed.barrier()  # lets gloo's thread drop what it gathered, for which it needs Python's lock
     finally:
         # A process that ends with its group open may be aborted by gloo's own thread, although its work is done.
         if process()[1] > 1:

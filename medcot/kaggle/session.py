@@ -220,7 +220,7 @@ def _how_02_ended(name: str, working: Path) -> str:
     """ "done", unless training stopped in time before the end of the session."""
     if name == "02_finetune":
         training = json.loads((working / TRAINING).read_text(encoding="utf-8"))
-        steps, wanted = training["steps"], training["settings"]["max_steps"]
+        steps, wanted = training["steps"], training.get("max_steps") or training["settings"]["max_steps"]
         if steps < wanted:
             return f"training stopped in time at step {steps} of {wanted}, push again to go on"
     return "done"

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-from ..data import SHOWCASE_QUESTION, Splits, encode_example, normalise
+from ..data import SHOWCASE_QUESTION, Splits, encode_rows, normalise
 from ..prompts import THINK_CLOSE, THINK_OPEN
 from ..rows import COLUMNS
 from ..settings import EMBEDDED_CASES
@@ -104,7 +104,7 @@ def audit(splits: Splits, tokenizer, settings) -> Audit:
         think_tags=sum(any(tag in text for text in row for tag in (THINK_OPEN, THINK_CLOSE)) for row in rows),
         outer_white_space=sum(any(text != text.strip() for text in row) for row in rows),
         non_ascii=sum(not all(text.isascii() for text in row) for row in rows),
-        token_counts=tuple(len(encode_example(row, tokenizer)["input_ids"]) for row in splits.train),
+        token_counts=tuple(map(len, encode_rows(splits.train, tokenizer, settings)["input_ids"])),
         max_seq_length=settings.max_seq_length,
         dropped=dict(splits.dropped),
         showcase_in_training=normalise(SHOWCASE_QUESTION) in questions,

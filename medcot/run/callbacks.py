@@ -41,6 +41,7 @@ class Progress(TrainerCallback):
         self.step_seconds = []
         self.memory_before = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
         self.minutes_left = minutes_left(self.settings)
+        self.chart.max_steps = state.max_steps
         if self.bar is not None:
             self.bar.close()
         first = state.is_world_process_zero
@@ -60,7 +61,7 @@ class Progress(TrainerCallback):
 
     def forecast(self, state):
         """`training.forecast` of this run."""
-        there = {"minutes_left": self.minutes_left}
+        there = {"minutes_left": self.minutes_left, "session_minutes": self.settings.session_minutes or None}
         if self.memory_before is not None:
             there |= {"memory_before": self.memory_before, "memory_peak": torch.cuda.max_memory_allocated(),
                       "memory": torch.cuda.get_device_properties(0).total_memory}  # fmt: skip
@@ -175,6 +176,7 @@ class Record(TrainerCallback):
             "examples": len(self.trainer.train_dataset),
             "examples_per_step": settings.examples_per_step,
             "steps": state.global_step,
+            "max_steps": state.max_steps,
             "epochs": state.epoch,
             "seconds": trained_seconds(state.log_history),
             "skipped_updates": _skipped(state.log_history)[0],

@@ -14,11 +14,13 @@ def run_identity(trainer, settings) -> dict:
     """The parts that decide what a trainer arrives at: settings, base weights, prompt, rows and their tokens."""
     import hashlib
 
-    tokens = json.dumps(trainer.train_dataset["input_ids"][:]).encode()
+    tokens = hashlib.sha256()
+    for example in trainer.train_dataset["input_ids"]:  # one at a time: all of a large data set are too much at once
+        tokens.update(json.dumps(example).encode() + b"\n")
     return identity.of_settings(settings, identity.TRAINING) | {
         "base model": identity.base_id(settings, trainer.model),
         "training rows": trainer.train_dataset.info.description,
-        "training examples": hashlib.sha256(tokens).hexdigest(),
+        "training examples": tokens.hexdigest(),
     }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..activations import free_host_gib
 from ..files import first_existing
+from ..gpus import least_gib, shape_of, which_fit
 from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
-from ..training import FORECAST_STEPS, Forecast
+from ..training import FORECAST_STEPS, Forecast, total_steps
 from .resume import run_training
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
@@ -49,13 +50,15 @@ def _gpus(settings, wrong, notes):
             )
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     notes.append(f"{len(cards)} GPU: {', '.join(name for name, _ in cards)}, {gib:.1f} GiB each")
-    least, ample = GPU_GIB.get(settings.model, (0, 0))
+    notes.append(which_fit(gib))
+    shape = shape_of(settings.model) if settings.load_in_4bit and settings.model != EMBEDDED_MODEL else None
+    least, ample = GPU_GIB.get(settings.model, (0 if shape is None else least_gib(shape), 0))
     if gib < least:
         wrong.append(
             f"{cards[0][0]} has {gib:.1f} GiB of memory and {settings.model} needs at least {least:.0f}: "
             "choose MEDCOT_PROFILE=tiny, or a Kaggle session with the accelerator GPU T4 x2"
         )
-    elif gib < ample:
+    elif gib < ample and settings.profile != "gpu":  # which has arranged itself
         notes.append(
             f"{gib:.1f} GiB of GPU memory may be too little where up to {ample:.1f} were used: choose "
             "MEDCOT_PROFILE=kaggle-t4 and lower generation_memory_gib"
@@ -179,19 +182,31 @@ def preflight(settings):
     what it costs to keep them in step, are not tried.
     """
     check_machine(settings)
-    if settings.max_steps < FORECAST_STEPS:
+    if 0 < settings.max_steps < FORECAST_STEPS:
         raise MedcotError(
             f"max_steps={settings.max_steps}: a forecast takes {FORECAST_STEPS} steps, raise it or just train"
         )
     with tempfile.TemporaryDirectory() as folder:
         trial = replace(settings, output_dir=Path(folder), earlier_output=None, report_to="none", nproc_per_node=1)
         trainer = run_training(trial, stop_after=FORECAST_STEPS)
-    found = next(Forecast(**entry["forecast"]) for entry in trainer.state.log_history if "forecast" in entry)
-    if found.minutes_left is not None and found.minutes > found.minutes_left:
+    found = [Forecast(**entry["forecast"]) for entry in trainer.state.log_history if "forecast" in entry]
+    if not found:
+        raise MedcotError(
+            f"one pass takes {trainer.args.max_steps} steps and a forecast {FORECAST_STEPS}: give more rows, or just train"
+            if trainer.args.max_steps < FORECAST_STEPS
+            else f"the session's minutes ended before {FORECAST_STEPS} steps: raise session_minutes={settings.session_minutes:g}"
+        )
+    found = found[0]
+    if settings.nproc_per_node > 1:
+        print(f"timed with one process; the run will use {settings.nproc_per_node}, which was not tried here")
+        if not settings.max_steps:  # a pass of one process has as many more steps, of its own share each
+            steps = total_steps(len(trainer.train_dataset), settings)
+            found = replace(found, steps=steps, minutes=found.minutes * steps / found.steps)
+            print(found)
+    # One pass over all rows may be meant for several sessions, and the forecast has said how many; so many steps are not.
+    if settings.max_steps and found.minutes_left is not None and found.minutes > found.minutes_left:
         raise MedcotError(
             f"{found.minutes:.0f} minutes do not fit the {found.minutes_left:.0f} that the session has left: "
             f"lower max_steps={settings.max_steps}, or train in several sessions"
         )
-    if settings.nproc_per_node > 1:
-        print(f"timed with one process; the run will use {settings.nproc_per_node}, which was not tried here")
     return found

@@ -17,7 +17,7 @@ from .tracking import LossChart, wandb_run
 
 
 def train(trainer, settings):
-    """Trains to `max_steps`, from the newest whole checkpoint of the same run on if there is one (`last_checkpoint`).
+    """Trains to the last step, from the newest whole checkpoint of the same run on if there is one (`last_checkpoint`).
 
     Without one it begins with fresh adapters, whatever the model was trained for before. Stops early, with a checkpoint
     and a printed line that says how to continue, when the session's minutes are used or on an interrupt (Ctrl-C, the
@@ -45,9 +45,9 @@ def train(trainer, settings):
         finally:
             for callback in going_along:
                 trainer.remove_callback(callback)
-    if trainer.state.global_step < settings.max_steps:
+    if trainer.state.global_step < trainer.args.max_steps:
         print(
-            f"stopped at step {trainer.state.global_step} of {settings.max_steps} ({guard.stop}). Continue with this "
+            f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps} ({guard.stop}). Continue with this "
             f"notebook, run again: it goes on from {folder}; in a new session attach this one's output first"
         )
 
@@ -62,7 +62,7 @@ def _is_done(trainer, checkpoint: Path | None, settings, record) -> bool:
         )
     else:
         check_processes(trainer, settings, step_of(checkpoint) if checkpoint else 0)
-        if checkpoint is None or step_of(checkpoint) < settings.max_steps:
+        if checkpoint is None or step_of(checkpoint) < trainer.args.max_steps:
             return False
         line = f"already trained, {checkpoint} is its end: delete {checkpoint.parent} to train anew"
     _take_over(trainer, checkpoint, settings, record)
@@ -101,11 +101,11 @@ def check_processes(trainer, settings, step: int):
     if len(set(steps)) > 1:
         raise MedcotError(f"the processes see checkpoints of steps {steps}: MEDCOT_OUT must be a folder they all share")
     now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if now != settings.examples_per_step and step < settings.max_steps:
+    if now != settings.examples_per_step and step < trainer.args.max_steps:
         raise MedcotError(
             f"{args.world_size} process here would take {now} examples a step and the settings say "
             f"{settings.examples_per_step} (nproc_per_node={settings.nproc_per_node}), at step {step} of "
-            f"{settings.max_steps}: run train_on_all_gpus(settings), which goes on from there, or choose another profile"
+            f"{trainer.args.max_steps}: run train_on_all_gpus(settings), which goes on from there, or choose another profile"
         )
 
 
@@ -194,7 +194,10 @@ def run_training(settings, stop_after: int | None = None):
         check_processes(trainer, settings, trainer.state.global_step)  # of a run only taken over, work is left
         if trainer.is_world_process_zero():
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
-    # Left open, gloo's own thread may abort a process whose work is done. Not after an error: NCCL might wait for ever.
+    # Left open, gloo's own thread may abort a process whose work is done. Closed while that thread still waits for Python's
+    # lock to drop a gathered tensor, it waits for ever: the barrier lets go of the lock. Neither after an error: NCCL might
+    # wait for ever.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()
     return trainer
 

@@ -59,7 +59,7 @@ class LossChart:
     """Training and held-out loss in one figure that is updated in place in a notebook and kept as `loss.png`."""
 
     def __init__(self, settings):
-        self.path, self.max_steps = Path(settings.output_dir) / "figures" / "loss.png", settings.max_steps
+        self.path, self.max_steps = Path(settings.output_dir) / "figures" / "loss.png", settings.max_steps or None
         self.handle = None
 
     def draw(self, history, save: bool = False):
