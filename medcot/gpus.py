@@ -48,7 +48,7 @@ class Shape:
         """GiB at the peak of training with `tokens` tokens in a micro-batch and everything recomputed.
 
         Beside the weights: LoRA on seven projections at 10 bytes a parameter (weight, gradient, two 8-bit moments), and the
-        activations of two layers (`model.keep_activations`). 6.5 for the 8B at 2 x 1,180 tokens, as was measured, and
+        activations of two layers (`activations.layer_bytes`). 6.5 for the 8B at 2 x 1,180 tokens, as was measured, and
         7.6 at 7,000, where 7.4 was.
         """
         hidden, wide = self.hidden_size, self.intermediate_size

@@ -56,7 +56,7 @@ PROFILES = {
 def load_settings(**changes) -> Settings:
     """The settings of this session, with one printed line that says what was chosen and why.
 
-    `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4` and no GPU means `tiny`. The other
+    `MEDCOT_PROFILE` names a profile; without it a CUDA GPU means `kaggle-t4-fast` and no GPU means `tiny`. The other
     variables (`VARIABLES`) replace model, data, questions and folders, and `changes` any field: `load_settings(max_steps=100)`.
     Raises MedcotError for an unknown name, whose nearest neighbour it names, for a profile that needs a GPU where there is
     none, for an output folder that cannot be written to, and for one that holds another run (`identity.check`).
@@ -98,7 +98,7 @@ def _profile() -> tuple[str, str]:
     if named := os.environ.get("MEDCOT_PROFILE"):
         return named, "set by MEDCOT_PROFILE"
     if torch.cuda.is_available():
-        return "kaggle-t4", f"found {torch.cuda.get_device_name(0)}"
+        return "kaggle-t4-fast", f"found {torch.cuda.get_device_name(0)}"
     return "tiny", "no CUDA GPU here"
 
 

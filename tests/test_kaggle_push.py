@@ -337,7 +337,7 @@ def test_the_command_line_knows_the_actions(monkeypatch):
 
 
 def test_offline_attaches_all_and_switches_the_internet_off(tree, server):
-    change(tree, put("settings", {"MEDCOT_PROFILE": "kaggle-t4-fast"}))
+    change(tree, put("settings", {"MEDCOT_PROFILE": "kaggle-t4"}))
     quick(tree, offline=True)
     request = server.kernels[REF].request
     assert request["enableInternet"] is False and request["datasetDataSources"] == ["anna/medcot-offline"]

@@ -106,7 +106,7 @@ def test_without_a_gpu_the_default_is_tiny_and_one_line_says_why(monkeypatch, ca
 def test_with_a_gpu_the_default_is_the_t4_profile(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
-    assert load_settings().profile == "kaggle-t4"
+    assert load_settings().profile == "kaggle-t4-fast"
     assert "found Tesla T4" in capsys.readouterr().out
 
 
