@@ -81,11 +81,6 @@ def shape_of(model: str) -> Shape | None:
     return Shape(*sizes, attention_bias=config.get("model_type") == "qwen2")
 
 
-def least_gib(shape: Shape) -> float:
-    """GiB of a card on which training one example at a time fits."""
-    return shape.training_gib(LONGEST) + RESERVE_GIB
-
-
 def arrange(model: str, gib: float, capability: tuple[int, int]) -> dict:
     """The settings, by name, with which a run on a model fits a card of `gib` GiB and wastes little of it.
 
@@ -107,13 +102,3 @@ def arrange(model: str, gib: float, capability: tuple[int, int]) -> dict:
         "activation_memory_gib": kept // 0.5 * 0.5,
         "generation_memory_gib": min(6.5, beside // 0.5 * 0.5),
     }
-
-
-def which_fit(gib: float) -> str:
-    """In words, how much each base of the R1 family needs in 4 bits, and which of them a card of `gib` GiB trains."""
-    needs = {name.removeprefix("DeepSeek-R1-Distill-"): least_gib(shape) for name, shape in SHAPES.items()}
-    fitting = [name for name, need in needs.items() if need <= gib]
-    listed = ", ".join(f"{name} {need:.1f}" for name, need in needs.items())
-    return (
-        f"R1-Distill in 4 bits needs about (GiB, estimated): {listed}; fits {gib:.1f}: {', '.join(fitting) or 'none'}"
-    )

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -60,10 +61,17 @@ def test_the_adapter_has_its_six_files(output):
 
 @pytest.mark.parametrize("name", ["baseline", "finetuned"])
 def test_answers_are_kept(output, name):
-    (path,) = (output / "answers").glob(f"{name}-*.jsonl")
+    (path,) = (output / "measured").glob(f"{name}-answers-????????.jsonl")
     header, *kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert (header["weights"] == "base") == (name == "baseline")
+    assert (header["identity"]["adapter"] == "base") == (name == "baseline")
     assert len(kept) == 6 and all(parse_completion(a["completion"], a["eos_token"]) for a in kept)
+
+
+def test_03_asks_the_base_nothing_that_01_has_asked(output):
+    first, last = ((output / name).stat().st_mtime for name in ("training.json", "comparison.json"))
+    times = {path.name: path.stat().st_mtime for path in (output / "measured").glob("*.jsonl")}
+    assert all((name.startswith("baseline") and at < first) or first < at < last for name, at in times.items())
+    assert len([name for name in times if name.startswith("baseline")]) == 7
 
 
 def test_the_offline_wandb_file_holds_the_loss_history(output):
@@ -77,12 +85,11 @@ def test_the_offline_wandb_file_holds_the_loss_history(output):
 
 
 def test_the_readmes_own_question_is_answered(output):
-    (code,) = re.findall("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    environment = os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(output)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    (line,) = re.findall(r"^medcot (ask .*)$", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    command = [sys.executable, "-m", "medcot", *shlex.split(line), "--out", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert run.returncode == 0, run.stderr
-    *_, answer, notice = run.stdout.strip().splitlines()
-    assert answer.strip() and notice == NOTICE
+    assert "qSOFA score" in run.stdout and NOTICE in run.stdout
 
 
 def test_card_and_figures_are_there(output):
@@ -90,20 +97,16 @@ def test_card_and_figures_are_there(output):
     assert {file.name for file in (output / "figures").iterdir()} >= {"loss.png", "comparison.png"}
 
 
-@pytest.mark.parametrize(
-    ("name", "first"), [("02_finetune", "run 01_baseline.ipynb first"), ("03_compare", "run 01_baseline.ipynb")]
-)
-def test_a_notebook_alone_says_which_one_to_run_first(tmp_path, name, first):
-    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
-    # Up to the cell that would load the model: the word must come before the long work does.
+def test_03_alone_says_which_one_to_run_first_before_anything_long(tmp_path):
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "03_compare.ipynb", as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     until = next(i for i, source in enumerate(cells) if "= load_model(" in source)
-    source = "\n".join(cells[:until]).replace("%matplotlib inline", "")
+    source = "\n".join(cells[: until + 1]).replace("%matplotlib inline", "")
     run = subprocess.run(
         [sys.executable, "-c", source], env=os.environ | {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert first in run.stdout + run.stderr
+    assert "run 02_finetune.ipynb with the same profile first" in run.stderr and "Unsloth" not in run.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)

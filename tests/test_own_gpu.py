@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from medcot.gpus import SHAPES, arrange, least_gib, shape_of, which_fit
+from medcot.gpus import SHAPES, arrange, shape_of
 from medcot.model import load_model
 from medcot.profiles import PROFILES, load_settings
-from medcot.run.preflight import check_machine
+from medcot.run.preflight import check_machine, least_gib, which_fit
 from medcot.settings import EMBEDDED_MODEL, MedcotError
 
 LLAMA_8B = SHAPES["DeepSeek-R1-Distill-Llama-8B"]

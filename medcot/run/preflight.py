@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ..activations import free_host_gib
 from ..files import first_existing
-from ..gpus import least_gib, shape_of, which_fit
+from ..gpus import LONGEST, RESERVE_GIB, SHAPES, Shape, shape_of
 from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
 from ..training import FORECAST_STEPS, Forecast, total_steps
 from .resume import run_training
 
 SMALLEST_CAPABILITY = (7, 5)  # Turing, the T4: older cards have no Triton kernels
-DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: as large as the hub says
+DOWNLOAD_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": 6.0}  # other models: estimated
 # GiB of a GPU: what the leanest training took, and the most that a profile took (README, Speed), both rounded up.
 GPU_GIB = {"unsloth/DeepSeek-R1-Distill-Llama-8B": (7.0, 12.5)}
 OUTPUT_GIB = 2.0  # adapter 0.16, two checkpoints of 0.5 each, answers, figures
@@ -85,6 +85,21 @@ def _host(settings, wrong, notes):
     )
 
 
+def least_gib(shape: Shape) -> float:
+    """GiB of a card on which training one example at a time fits."""
+    return shape.training_gib(LONGEST) + RESERVE_GIB
+
+
+def which_fit(gib: float) -> str:
+    """In words, how much each base of the R1 family needs in 4 bits, and which of them a card of `gib` GiB trains."""
+    needs = {name.removeprefix("DeepSeek-R1-Distill-"): least_gib(shape) for name, shape in SHAPES.items()}
+    fitting = [name for name, need in needs.items() if need <= gib]
+    listed = ", ".join(f"{name} {need:.1f}" for name, need in needs.items())
+    return (
+        f"R1-Distill in 4 bits needs about (GiB, estimated): {listed}; fits {gib:.1f}: {', '.join(fitting) or 'none'}"
+    )
+
+
 def _versions(settings, wrong, notes):
     """Everything that unsloth declares and that is installed in a version which it excludes."""
     from packaging.requirements import Requirement
@@ -113,7 +128,9 @@ def _disk(settings, wrong, notes):
 
     needs = {settings.output_dir: OUTPUT_GIB if settings.model != EMBEDDED_MODEL else 0.1}
     if not _is_here(settings):
-        needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, 16.0)
+        shape = shape_of(settings.model) if settings.load_in_4bit else None  # of those known there is a 4-bit copy
+        estimate = 16.0 if shape is None else 1.1 * shape.loaded_gib
+        needs[Path(constants.HF_HUB_CACHE)] = DOWNLOAD_GIB.get(settings.model, estimate)
     disks = {}  # the cache and the outputs may share one
     for folder, gib in needs.items():
         there = first_existing(folder)
