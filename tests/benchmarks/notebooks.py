@@ -70,21 +70,23 @@ def write_data(tokenizer, folder, seed=3407):
 def watch(parts, keep):
     """Has every part of the evaluation note its seconds, its peak memory and the work that was counted in it."""
     import torch
-    from medcot.modeling import weights_id
 
     from medcot import inference
+    from medcot.evaluation import likelihood, measure
+    from medcot.identity import adapter_id
+    from medcot.run import answers
 
     gpu = torch.cuda.is_available()
 
     def sides(model):
-        return "before" if weights_id(model) == "base" else "after"
+        return "before" if adapter_id(model) == "base" else "after"
 
     def timed(name, function):
         def run(*arguments, **named):
             if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            what = {"answers": "evaluation rows", "choice_answers": "multiple choice"}.get(arguments[-1])
+            what = {"answers": "evaluation rows", "choice answers": "multiple choice"}.get(arguments[-1])
             what = f"{name} to {what}" if name == "answers" and what else name
             title = f"{sides(arguments[0])}: {what}{', own template' if named.get('chat') else ''}"
             parts.append({"part": title, "tokens": 0, "steps": []})
@@ -125,11 +127,11 @@ def watch(parts, keep):
 
         return generate
 
-    inference.score_references = timed("likelihood of references", inference.score_references)
-    inference.score_choices = timed("multiple choice by likelihood", inference.score_choices)
-    inference._answer_all = timed("answers", inference._answer_all)
-    inference.report_memory = noted(inference.report_memory)
-    inference._score_batch = counted_scores(inference._score_batch)
+    measure.score_references = timed("likelihood of references", measure.score_references)
+    measure.score_choices = timed("multiple choice by likelihood", measure.score_choices)
+    measure.answer_all = answers.answer_all = timed("answers", answers.answer_all)
+    answers.report_memory = likelihood.report_memory = noted(answers.report_memory)
+    likelihood._score_batch = counted_scores(likelihood._score_batch)
     inference._generate_batch = counted_answers(inference._generate_batch)
 
 
@@ -159,7 +161,7 @@ def estimate(part, config, kernel_rows=16):
 
 def watch_reload(folder):
     """Has 02 keep greedy tokens of what it trained, and 03 say whether those of the reloaded adapter are the same."""
-    from medcot.modeling import for_inference
+    from medcot.model import for_inference
 
     import medcot
 
@@ -216,7 +218,7 @@ def main():
     parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
     parser.add_argument("--profile", default="kaggle-t4")
     options = parser.parse_args()
-    from medcot.modeling import load_tokenizer
+    from medcot.tokenizer import load_tokenizer
     from transformers import AutoConfig
 
     from medcot.profiles import PROFILES
@@ -228,7 +230,7 @@ def main():
     begin.write_text(f"{code}; notebooks.start({str(out)!r}, {options.t4})\n")
     (out / "site").mkdir(exist_ok=True)  # read by every Python, so also by those that torchrun starts
     (out / "site" / "sitecustomize.py").write_text(
-        f"import os, sys\nif {options.t4} and 'RANK' in os.environ and 'medcot.cli' in sys.orig_argv:\n"
+        f"import os, sys\nif {options.t4} and 'RANK' in os.environ and 'medcot' in sys.orig_argv:\n"
         f"    {code}; notebooks.t4_conditions()\n"
     )
     for left in (*out.glob("kernel-*.json"), *out.glob("reloaded.json")):
@@ -243,7 +245,7 @@ def main():
     started = time.perf_counter()
     with (out / "demo.log").open("w") as log:
         demo = subprocess.run(
-            [sys.executable, "-m", "medcot.cli", "demo"], stdout=log, stderr=subprocess.STDOUT, check=False,
+            [sys.executable, "-m", "medcot", "demo"], stdout=log, stderr=subprocess.STDOUT, check=False,
             env=os.environ | {name: str(value) for name, value in environment.items()},
         )  # fmt: skip
     seconds = time.perf_counter() - started

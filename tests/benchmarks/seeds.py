@@ -31,7 +31,7 @@ def run(seed: int, out: Path) -> dict:
     after = medcot.evaluate(model, tokenizer, splits, questions, settings)
     comparison = medcot.compare(before, after, splits.eval, questions)
     measures = {measure.name: measure for measure in comparison.measures}
-    right = [row["outcome_after"] for row in comparison.rows if row["outcome_after"].correct]
+    right = [pair.after.outcome for pair in comparison.pairs if pair.after.outcome.correct]
     families = {m.name.partition(", ")[2]: m.difference for m in comparison.measures if m.group == "family"}
     answer = measures["right answer"]
     return {
