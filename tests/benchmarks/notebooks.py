@@ -161,9 +161,8 @@ def estimate(part, config, kernel_rows=16):
 
 def watch_reload(folder):
     """Has 02 keep greedy tokens of what it trained, and 03 say whether those of the reloaded adapter are the same."""
-    from medcot.model import for_inference
-
     import medcot
+    from medcot.model import for_inference
 
     questions = ["Where is the pain?", "The patient has chest pain and fever. What is the next step?"]
 
@@ -218,10 +217,10 @@ def main():
     parser.add_argument("--t4", action="store_true", help="hold the card to T4 conditions")
     parser.add_argument("--profile", default="kaggle-t4")
     options = parser.parse_args()
-    from medcot.tokenizer import load_tokenizer
     from transformers import AutoConfig
 
     from medcot.profiles import PROFILES
+    from medcot.tokenizer import load_tokenizer
 
     out = Path(options.out).absolute()
     begin = out / "ipython" / "profile_default" / "startup" / "00-start.py"
