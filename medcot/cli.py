@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["MEDCOT_PROFILE"] = options.profile
     try:
         if getattr(options, "takes_settings", False):
+            if rest and not rest[0].startswith("-"):  # medcot audit rows.csv
+                rest = ["--data", *rest]
             options.changes = _changes(options.command, [_SHORT.get(word, word) for word in rest])
         elif rest:
             raise MedcotError(f"{' '.join(rest)} is unknown: see medcot {options.command} --help")
@@ -65,8 +67,6 @@ def _parser():
         command = commands.add_parser(run.__name__, help=words, description=words, add_help=run is demo)
         command.add_argument("--profile", help="profile to start from, as MEDCOT_PROFILE")
         command.set_defaults(run=run, takes_settings=run is not demo)
-        if run is audit:
-            command.add_argument("rows", nargs="?", help="a file of rows, in place of --data")
         if run in (train, evaluate):
             command.add_argument("--settings", type=Path, help="a settings.json, in place of environment and flags")
     for room in (chat, export, kaggle):
@@ -100,7 +100,7 @@ def audit(options):
     from .run import audit as room
     from .tokenizer import load_tokenizer
 
-    settings = load_settings(**options.changes | ({"dataset": options.rows} if options.rows else {}))
+    settings = load_settings(**options.changes)
     splits = load_splits(settings)
     print(room.audit(splits, load_tokenizer(settings.model, settings.model_revision), settings))
 

@@ -45,3 +45,34 @@ def test_a_user_error_is_one_line_without_a_traceback(tmp_path, environment, wor
     message = [line for line in run.stderr.splitlines() if line.startswith("medcot audit: ")]
     assert len(message) == 1 and words in message[0]
     assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_kernel_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
+    from nbformat import v4, write
+
+    from medcot import cli
+
+    (tmp_path / "notebooks").mkdir()
+    write(v4.new_notebook(cells=[v4.new_code_cell("import os; os._exit(9)")]), tmp_path / "notebooks" / "dies.ipynb")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "medcot" / "cli.py"))
+    monkeypatch.setattr(cli, "NOTEBOOKS", ("dies",))
+    monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
+    monkeypatch.setenv("MEDCOT_OUT", str(tmp_path / "out"))
+    assert cli.main(["demo"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medcot demo: ")]
+    assert "dies.ipynb stopped: its kernel died" in line and "run the command again" in line
+
+
+def test_flags_are_the_settings_and_a_slip_is_told_its_neighbour(tmp_path):
+    run = medcot("audit", "--train-rows", "32", "--out", str(tmp_path / "out"))
+    assert run.returncode == 0 and "32 training rows from embedded cases" in run.stdout, run.stderr
+    rows = tmp_path / "rows.jsonl"
+    made = [{"Question": f"Why {i}?", "Complex_CoT": "Because.", "Response": "So."} for i in range(30)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    run = medcot("audit", str(rows), "--out", str(tmp_path / "out"))
+    assert run.returncode == 0 and "24 training and 6 evaluation rows from" in run.stdout, run.stderr
+    run = medcot("train", "--max-step", "3")
+    assert run.returncode != 0 and "--max-steps" in run.stdout + run.stderr and "Traceback" not in run.stderr
+    run = medcot("--help")
+    assert "medcot train --max-steps 100" in run.stdout and "MEDCOT_PROFILE" in run.stdout
+    assert medcot("--version").stdout.startswith("medcot 0.1")
