@@ -1,6 +1,7 @@
 """The command line: what the notebooks do, without a notebook. What its user can mend is one line on standard error."""
 
 import argparse
+import atexit
 import os
 import sys
 import tempfile
@@ -116,7 +117,8 @@ def train(options):
     """Trains and saves the adapter, in one process or as one of those that torchrun started."""
     from .run.resume import run_training
 
-    run_training(_settings(options))
+    trainer = run_training(_settings(options))
+    _end(trainer)
 
 
 def evaluate(options):
@@ -124,6 +126,15 @@ def evaluate(options):
     from .evaluation.measure import run_evaluation
 
     run_evaluation(_settings(options))
+
+
+def _end(kept):
+    """Ends a process of torchrun without taking `kept` apart, whose process group would wait for a thread that waits for it."""
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def demo(options):

@@ -10,8 +10,8 @@ from ..identity import MEASURED, adapter_id
 from ..prompts import list_options
 from ..run.answers import Answers, answer_all, generate_answers
 from ..run.kept import process
-from ..run.processes import on_all_gpus
-from ..settings import EMBEDDED_CASES
+from ..run.processes import leave_group, on_all_gpus
+from ..settings import EMBEDDED_CASES, MedcotError
 from . import words
 from .likelihood import Scores, score_choices, score_references
 
@@ -170,12 +170,11 @@ def run_evaluation(settings):
             evaluate(model, tokenizer, splits, questions, settings)
         if tuned:
             evaluate(model, tokenizer, splits, questions, settings)
-        if process()[1] > 1:
-            torch.distributed.barrier()  # lets gloo's thread drop what it gathered, for which it needs Python's lock
-    finally:
-        # A process that ends with its group open may be aborted by gloo's own thread, although its work is done.
-        if process()[1] > 1:
+        leave_group()
+    except MedcotError:
+        if process()[1] > 1:  # all of them have stopped for the same reason
             torch.distributed.destroy_process_group()
+        raise
 
 
 def evaluate_on_all_gpus(settings):

@@ -10,12 +10,27 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 
 from ..files import write_beside
 from ..settings import MedcotError
 
 LOG_MARK = "medcot-log "  # in front of a log entry that a process of torchrun prints for the notebook's chart
+
+
+def leave_group():
+    """Leaves the process group whose work is done; nothing where this process is in none. Not after an error: NCCL might wait.
+
+    Left open, gloo's own thread may abort a process at its end. Closed while that thread still waits for Python's lock, to
+    drop a tensor that it gathered, both wait for ever: so it gets a second in which nobody holds the lock.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        time.sleep(1)
+        torch.distributed.destroy_process_group()
 
 
 def on_all_gpus(settings, command: str, read=lambda line: line):

@@ -12,7 +12,7 @@ from ..identity import CHECKPOINT_FILE, RECORD_FILE
 from ..model import fresh_adapters
 from ..settings import MedcotError
 from .checkpoints import checkpoint_bytes, last_checkpoint, run_identity, seal, step_of, stopped
-from .processes import on_all_gpus, on_interrupt
+from .processes import leave_group, on_all_gpus, on_interrupt
 from .tracking import LossChart, wandb_run
 
 
@@ -194,11 +194,7 @@ def run_training(settings, stop_after: int | None = None):
         check_processes(trainer, settings, trainer.state.global_step)  # of a run only taken over, work is left
         if trainer.is_world_process_zero():
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, settings)
-    # Left open, gloo's own thread may abort a process whose work is done. Closed while that thread still waits for Python's
-    # lock to drop a gathered tensor, it waits for ever: the barrier lets go of the lock. Neither after an error: NCCL might
-    # wait for ever.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.state.destroy_process_group()
+    leave_group()
     return trainer
 
 
