@@ -66,19 +66,3 @@ def job(settings, stop_after=None):
     from medcot.run.resume import run_training
 
     return run_training(settings, stop_after)
-
-
-LONGEST = (
-    "test_distributed",
-    "test_kaggle_run",
-    "test_reliability",
-    "test_whole_dataset",
-    "test_export",
-    "test_tracking",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take minutes come first, so that two workers end at about the same time."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
