@@ -11,7 +11,18 @@ from datasets import Dataset
 from test_reliability import checkpoints, losses, record, same_run
 from workshop import USER_ERROR, Workshop
 
-from medcot import MedcotError, add_lora, audit, data, load_splits, make_trainer, save_adapter, to_examples, train
+from medcot import (
+    MedcotError,
+    add_lora,
+    audit,
+    data,
+    load_model,
+    load_splits,
+    make_trainer,
+    save_adapter,
+    to_examples,
+    train,
+)
 from medcot.profiles import PROFILES
 from medcot.training import Forecast, total_steps
 
@@ -83,7 +94,8 @@ def test_one_pass_takes_every_example_once(trained, tmp_path, size):
     settings = all_of(trained.settings, "-", per_device_train_batch_size=size, gradient_accumulation_steps=2)
     settings = replace(settings, output_dir=tmp_path, report_to="none", warmup_steps=0)
     examples = to_examples(trained.splits.train.select(range(20)), trained.tokenizer, settings, show=False)
-    trainer = make_trainer(trained.model, trained.tokenizer, examples, settings)
+    model, _ = load_model(settings)  # of its own: the shared one must stay as it was trained
+    trainer = make_trainer(add_lora(model, settings), trained.tokenizer, examples, settings)
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps == -(-20 // (2 * size))
     assert trainer.state.epoch == 1 and trainer.state.log_history[-1]["epoch"] == 1
