@@ -4,6 +4,8 @@ import weakref
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from .model import exempt_from_recomputation
 
 CHUNK = 2**28  # bytes of pinned host memory taken at a time: a power of two, or torch would round it up to one
@@ -91,8 +93,6 @@ class Sender:
     """
 
     def __init__(self, layers, sent: int, parameters=(), smallest: int | None = None):
-        import torch
-
         self.smallest, self.chunks, self.used = SMALLEST if smallest is None else smallest, [], 0
         self.parameters = {weight.untyped_storage().data_ptr() for weight in parameters}
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
@@ -114,8 +114,6 @@ class Sender:
 
     def release(self):
         """Gives the host memory back, unless a backward pass is still to come."""
-        import torch
-
         self.current = self.before = self.leaving = None
         if self.stream is not None:
             self.stream.synchronize()
@@ -127,8 +125,6 @@ class Sender:
                 empty()
 
     def _enter(self, first: bool, layer, arguments):
-        import torch
-
         if first:  # also after a pass that ran out of memory, of which copies may still be under way
             self.before = self.leaving = None
             if self.stream is not None:
@@ -176,8 +172,6 @@ class Sender:
         return held, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
 
     def _unpack(self, packed):
-        import torch
-
         if isinstance(packed, torch.Tensor):
             return packed
         held, dtype, offset, size, stride = packed
@@ -188,8 +182,6 @@ class Sender:
         return torch.empty(0, dtype=dtype, device=held.device).set_(held.storage, offset, size, stride)
 
     def _bring_back(self, this):
-        import torch
-
         if this is self.leaving:
             self.leaving = None  # it is still here
         if this not in self.away:
@@ -207,8 +199,6 @@ class Sender:
 
     def _copy(self, pairs):
         """Copies second to first of each pair beside the computation; the event that ends it, None if it is done."""
-        import torch
-
         if self.stream is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -220,15 +210,11 @@ class Sender:
         return self.stream.record_event()
 
     def _wait(self, event):
-        import torch
-
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
     def _place(self, size: int) -> list:
         """Pieces of host memory, of `size` bytes together. Raises torch.OutOfMemoryError, as a full card does."""
-        import torch
-
         pieces = []
         while size:
             number, start = divmod(self.used, CHUNK)
@@ -263,6 +249,4 @@ class _Held:
 
 
 def _bytes(storage):
-    import torch
-
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

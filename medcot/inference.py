@@ -25,18 +25,18 @@ def batches_that_fit(prompts: dict[int, list[int]], model, settings) -> list[lis
     """Row indices in batches of like length, of at most `generation_batch_size` rows and `generation_memory_gib` GiB.
 
     As few as the limits allow, rounded up to a full turn of all processes, and then the largest as small as it can be.
-    A row needs its keys and values twice for the prompt (once as the prefill makes them, once where decoding appends)
-    and once for the new tokens, and about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a prompt token while
-    they are made: measured as 4.6 GiB for 32 rows of 200 + 192 tokens of the 8-billion-parameter shape. From settings
-    alone and not from the memory that is free, so that before and after have the same batches.
+    From settings alone and not from the memory that is free, so that before and after have the same batches. A row takes
+    its prompt's keys and values twice (once as they were read, once where decoding appends) and those of new tokens, in a
+    buffer of whole 256 tokens: 4.4 GiB for 16 rows of 480 + 1,024 tokens of the 8B, as was measured. Reading a prompt takes
+    about 2 x (3 x intermediate_size + 27 x hidden_size) bytes a token beside, before there is anything new.
     """
     config, order = model.config, sorted(prompts, key=lambda i: (len(prompts[i]), i))
     heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     token = 2 * 2 * config.num_hidden_layers * heads
+    reading = token + 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
 
     def need(i):
-        row = token * (2 * len(prompts[i]) + settings.max_new_tokens + 256)
-        return row + len(prompts[i]) * 2 * (3 * config.intermediate_size + 27 * config.hidden_size)
+        return max(len(prompts[i]) * reading, token * (2 * len(prompts[i]) + settings.max_new_tokens + 256))
 
     def filled(most):
         batches = []
@@ -59,18 +59,15 @@ def generator(model, tokenizer, prompts: dict[int, list[int]], settings):
     """
     from transformers import GenerationConfig
 
-    model, rows_before = for_inference(model), 0
+    model = for_inference(model)
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
     def answer(batch):
-        nonlocal rows_before
         started = time.monotonic()
-        if len(batch) != rows_before:  # buffers and graphs are kept for each number of rows
-            free_decoding_memory(model)
-            rows_before = len(batch)
+        free_decoding_memory(model)  # the last batch's keys and values, which this one's prompts need the place of
         inputs = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
         output = _generate_batch(model, inputs.to(model.device), config)
         seconds = round(time.monotonic() - started, 3)

@@ -1,10 +1,10 @@
 """Weights: load a model, give it LoRA adapters, save them. The only room that knows unsloth."""
 
+import gc
 import json
 import logging
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,25 +31,7 @@ def _unsloth():
         logging.getLogger(logger).setLevel(logging.ERROR)
     import unsloth
 
-    if "unsloth.models.llama" in sys.modules:  # its GPU path
-        sys.modules["unsloth.models.llama"].scaled_dot_product_attention = decoding_attention
     return unsloth
-
-
-def decoding_attention(query, key, value, enable_gqa=False, **arguments):
-    """Attention of one new token a row, in which each key and value is read once; else PyTorch's own.
-
-    query: rows x heads x 1 x size; key and value: rows x shared heads x tokens x size. Without flash attention, which a T4
-    lacks and which takes no padding anywhere, PyTorch copies shared keys and values for each of their query heads, in
-    float32. Here the query heads that share keys stand as so many queries of one head: the same sums, no copies.
-    """
-    from torch.nn.functional import scaled_dot_product_attention
-
-    rows, heads, new, size = query.shape
-    if not enable_gqa or new > 1:
-        return scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **arguments)
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    return scaled_dot_product_attention(grouped, key, value, **arguments).reshape(rows, heads, 1, size)
 
 
 def load_model(settings, adapter: Path | None = None):
@@ -71,6 +53,8 @@ def load_model(settings, adapter: Path | None = None):
     import torch
     from safetensors import SafetensorError
 
+    from . import kernels
+
     try:
         model, _ = patiently(
             lambda: unsloth.FastLanguageModel.from_pretrained(
@@ -91,6 +75,7 @@ def load_model(settings, adapter: Path | None = None):
             f"model {name} could not be loaded ({reason(error)}): check its name and the network"
         ) from error
     identity.check(settings, model=model)
+    kernels.install(model)
     if adapter is not None:
         model = _load_adapter(model, settings, Path(adapter))
     report_memory("model loaded")
@@ -122,8 +107,6 @@ def _locate(settings) -> tuple[str, str | None, bool]:
 
 def free_decoding_memory(model):
     """Gives back the key-value buffers and captured graphs that generation keeps for its next call; nothing without a GPU."""
-    import gc
-
     import torch
 
     if torch.cuda.is_available():

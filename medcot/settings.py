@@ -175,9 +175,9 @@ class Settings:
     # generation
     max_new_tokens: Count = 1024
     """Longest answer in tokens; decoding is greedy, so that only the weights differ between before and after."""
-    generation_batch_size: Count = 16
-    """Questions answered at once, at most. For up to 16 a T4 multiplies by the 4-bit weights as they are; for more, each
-    token unpacks all of them into 14 GB first (unsloth's fast_linear_forward on sm_75)."""
+    generation_batch_size: Count = 32
+    """Questions answered at once, at most. For up to 32 a T4 multiplies by the 4-bit weights as they are; for more, each
+    token unpacks all of them into 14 GB first (`kernels.install`)."""
     generation_memory_gib: Annotated[float, Field(gt=0)] = 6.5
     """GiB on a GPU for what a batch of questions needs beside the weights; batches of long questions are made smaller."""
 
@@ -232,20 +232,15 @@ class Settings:
         rows, examples = short(self.dataset), self.examples_per_step
         lines = {
             "model": f"{short(self.model)}, {'4-bit' if self.load_in_4bit else '16-bit'}, on {self.device}",
-            "training rows": f"the first {self.train_rows:,} of {rows}"
-            if self.train_rows
-            else f"all the other rows of {rows}",
-            "evaluation rows": f"the {self.eval_rows:,} after "
-            f"{'them' if self.train_rows else f'the first {USUAL_TRAIN_ROWS}'}, {self.answer_rows} answered in words",
-            "steps": f"{self.max_steps} x {examples} examples = {self.max_steps * examples:,}"
-            if self.max_steps
-            else f"one pass, {examples} examples each",
+            "training rows": f"{f'the first {self.train_rows:,}' if self.train_rows else 'all the other rows'} of {rows}",
+            "evaluation rows": f"the {self.eval_rows:,} after the first {self.train_rows or USUAL_TRAIN_ROWS:,}, "
+            f"{self.answer_rows} answered in words",
+            "steps": f"{self.max_steps or 'one pass'}, {examples} examples each"
+            + f", {self.max_steps * examples:,} in all" * bool(self.max_steps),
             "examples a step": f"{self.per_device_train_batch_size} at once x {self.gradient_accumulation_steps}{processes}",
             "learning rate": f"{self.learning_rate:g}, {self.lr_scheduler_type}, {self.warmup_steps} steps of warm-up",
             "LoRA": f"r {self.r}, alpha {self.lora_alpha}, dropout {self.lora_dropout:g}, {len(self.target_modules)} projections",
-            "supervised": "reasoning and response"
-            if self.completion_only_loss
-            else "the whole text, question included",
+            "supervised": f"{'' if self.completion_only_loss else 'question, '}reasoning and response",
             "multiple choice": f"{self.choice_rows:,} questions of {short(self.choice_dataset)}",
             "primary measure": self.primary_measure,
         }

@@ -4,7 +4,6 @@ import math
 import os
 from dataclasses import dataclass
 
-from .activations import arrange_activations
 from .model import for_training
 from .settings import MedcotError
 
@@ -20,6 +19,8 @@ def make_trainer(model, tokenizer, examples, settings, held_out=None):
     trains it with a chart, checkpoints that can be trusted and a record; `trainer.train()` without.
     """
     # The rows' true lengths, not max_seq_length, decide what the longest micro-batch can need.
+    from .activations import arrange_activations
+
     activations = arrange_activations(model, list(map(len, examples["input_ids"])), settings)
     if activations.sent or settings.activation_memory_gib:
         print(activations)

@@ -30,7 +30,7 @@ from medcot import (
     to_examples,
     train,
 )
-from medcot.model import decoding_attention
+from medcot.kernels import decoding_attention
 from medcot.profiles import PROFILES
 from medcot.prompts import format_example, format_prompt
 from medcot.settings import ADAPTER_FOLDER
@@ -349,6 +349,33 @@ def test_one_new_token_is_attended_to_without_copies_of_keys_and_values(gpu):
     assert sys.modules["unsloth.models.llama"].scaled_dot_product_attention is decoding_attention
 
 
+@pytest.mark.parametrize("lengths", [(5, 130, 64, 1, 200), (400,), (3, 3, 3, 7)])
+def test_documents_in_one_call_are_what_they_are_one_by_one(gpu, lengths):
+    from unsloth.utils import attention_dispatch
+
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    query = torch.randn(1, tokens, 32, 128, device="cuda", dtype=torch.float16).transpose(1, 2)
+    key, value = torch.randn(2, 1, tokens, 8, 128, device="cuda", dtype=torch.float16).transpose(2, 3)
+    weight = torch.randn(1, tokens, 32, 128, device="cuda", dtype=torch.float16)
+    used, found = [], {}
+    for name in ("in one call", "one by one"):
+        attention = attention_dispatch._sdpa_packed_segments
+        attention = attention if name == "in one call" else attention.one_by_one
+        ours = [part.detach().requires_grad_() for part in (query, key, value)]
+        with torch.profiler.profile() as calls:
+            out = attention(
+                *ours, lengths, n_groups=4, is_causal=True, sliding_window=None, sdpa_kwargs={}, training=True
+            )
+        used.append(sum(e.count for e in calls.key_averages() if e.key == "aten::_efficient_attention_forward"))
+        (out * weight).sum().backward()
+        found[name] = [out, *(part.grad for part in ours)]
+    assert used[0] == 1
+    for one, other in zip(*found.values(), strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, atol=4e-3, rtol=4e-3)
+
+
 def test_unsloth_cuts_what_does_not_fit_max_seq_length_on_the_right(gpu):
     # So no prompt longer than that may reach it: in a left-padded batch every row would lose its end.
     model, _ = load_model(replace(gpu.settings, max_seq_length=128))
@@ -434,7 +461,14 @@ def test_updates_that_overflow_in_fp16_are_counted_and_stop_a_run_that_never_set
 
 def test_a_killed_run_goes_on_with_the_same_losses(gpu, tmp_path):
     def command(folder):
-        settings = replace(gpu.settings, output_dir=tmp_path / folder, max_steps=60, save_steps=10, learning_rate=2e-4)
+        settings = replace(
+            gpu.settings,
+            output_dir=tmp_path / folder,
+            max_steps=60,
+            save_steps=10,
+            learning_rate=2e-4,
+            padding_free=True,
+        )
         settings.output_dir.mkdir()
         file = settings.output_dir / "settings.json"
         file.write_text(json.dumps(dataclasses.asdict(settings), default=str))

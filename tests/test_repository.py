@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "medcot"
-CORE = {"environment", "settings", "profiles", "prompts", "files", "hub", "identity", "tokenizer", "rows", "data", "choices", "model", "activations", "gpus",
+CORE = {"environment", "settings", "profiles", "prompts", "files", "hub", "identity", "tokenizer", "rows", "data", "choices", "model", "kernels", "activations", "gpus",
         "training", "inference"}  # fmt: skip
 # Which floor may import which; `tiny` (the embedded cases) is data that any of them may read.
 MAY_IMPORT = {

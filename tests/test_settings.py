@@ -57,7 +57,7 @@ def test_any_field_can_be_given_to_load_settings(monkeypatch, tmp_path):
 
 def test_the_recipe_shows_every_number_that_decides():
     recipe = T4.recipe()[""]
-    assert recipe["steps"] == "60 x 8 examples = 480" and recipe["examples a step"] == "2 at once x 4"
+    assert recipe["steps"] == "60, 8 examples each, 480 in all" and recipe["examples a step"] == "2 at once x 4"
     assert recipe["learning rate"] == "0.0002, linear, 5 steps of warm-up" and recipe["LoRA"].startswith(
         "r 16, alpha 16"
     )

@@ -7,7 +7,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from ..activations import free_host_gib
 from ..files import first_existing
 from ..gpus import LONGEST, RESERVE_GIB, SHAPES, Shape, shape_of
 from ..settings import EMBEDDED_MODEL, MedcotError, on_kaggle
@@ -78,6 +77,8 @@ def _host(settings, wrong, notes):
     """Whether activations can be sent to host memory; without room for it they are recomputed, which is only slower."""
     if settings.device == "cpu" or not settings.activation_host_gib:
         return
+    from ..activations import free_host_gib
+
     room = free_host_gib(settings.nproc_per_node)
     notes.append(
         f"{room:.1f} GiB of host memory for activations in each process, up to {settings.activation_host_gib:.1f} are used"

@@ -6,7 +6,6 @@ import json
 import signal
 from pathlib import Path
 
-from ..activations import release_host_memory
 from ..files import check_disk, only_process
 from ..identity import CHECKPOINT_FILE, RECORD_FILE
 from ..model import fresh_adapters
@@ -74,6 +73,8 @@ def _train(trainer, settings, checkpoint: Path | None, guard, record):
     """Trains from a checkpoint, or anew without one, with a smaller micro-batch each time that memory runs out."""
     from accelerate.utils.memory import should_reduce_batch_size
 
+    from ..activations import release_host_memory
+
     while True:
         if checkpoint is None:
             fresh_adapters(trainer.model, settings.seed)
@@ -137,6 +138,8 @@ def _take_over(trainer, checkpoint: Path, settings, record):
 def _reduce_micro_batch(trainer, settings, record):
     """Keeps the finished steps in a checkpoint after memory ran out, and makes the micro-batch smaller."""
     import torch
+
+    from ..activations import release_host_memory
 
     gc.collect()
     release_host_memory(trainer.model)  # smaller micro-batches send less

@@ -23,10 +23,12 @@ class Training:
     """`activation_memory_gib`."""
     host_gib: float = 0.0
     """`activation_host_gib`."""
-    xformers: bool = False
-    """xformers is installed, as Unsloth finds it on a T4; else PyTorch's attention, document by document."""
     multiple: int | None = None
     """Micro-batches are padded to a multiple of so many tokens; the matrix units want 8."""
+    xformers: bool = False
+    """xformers is installed, as Unsloth finds it on a T4; else PyTorch's attention."""
+    one_call: bool = True
+    """PyTorch's attention takes all documents in one call (`kernels.in_one_call`), or one by one, as Unsloth comes."""
     sent_by_trl: bool = False
     """Activations are sent by TRL's `activation_offloading`, all layers' of it, instead of by medcot."""
 
@@ -39,9 +41,11 @@ class Answering:
     tokens: int
     """Tokens of each question."""
     grouped: bool = True
-    """Attention as medcot arranges it (`model.decoding_attention`), or as Unsloth comes."""
+    """Attention as medcot arranges it (`kernels.decoding_attention`), or as Unsloth comes."""
     fused_rows: int = 16
     """Up to so many rows the fused 4-bit product is used, beyond them weights are unpacked first; Unsloth's own limit is 16."""
+    triton: bool = True
+    """One row's 4-bit products by Unsloth's Triton kernel, or by bitsandbytes'."""
     stack: str = "unsloth"
 
 
@@ -53,17 +57,18 @@ class Scoring:
     stack: str = "unsloth"
 
 
-FAST = Training("unsloth", 4, 2, True, 8.0, 12.0)
+FAST = Training("unsloth", 4, 2, True, 8.0, 12.0, multiple=8)
 TRAINING = {
     "kaggle-t4: Unsloth, 2 x 4, padded": Training("unsloth", 2, 4),
     "kaggle-t4-fast: Unsloth, 4 x 2, 8 GiB kept, the rest sent": FAST,
-    "kaggle-t4-fast with xformers": replace(FAST, xformers=True),
-    "kaggle-t4-fast with xformers, multiples of 8": replace(FAST, xformers=True, multiple=8),
     "kaggle-t4 with xformers": Training("unsloth", 2, 4, xformers=True),
-    "before: Unsloth, 4 x 2, 8 GiB kept, the rest recomputed": replace(FAST, host_gib=0.0),
-    "Unsloth, 4 x 2, all sent by TRL": replace(FAST, card_gib=0.0, host_gib=0.0, sent_by_trl=True),
-    "Unsloth, 2 x 4, 8 GiB kept, the rest sent": replace(FAST, size=2, accumulation=4),
-    "Unsloth, 8 x 1, 3 GiB kept, the rest sent": replace(FAST, size=8, accumulation=1, card_gib=3.0, host_gib=40.0),
+    "kaggle-t4-fast with xformers": replace(FAST, xformers=True),
+    "kaggle-t4-fast, documents one by one": replace(FAST, one_call=False),
+    "kaggle-t4-fast, not filled to multiples of 8": replace(FAST, multiple=None),
+    "kaggle-t4-fast, the rest recomputed": replace(FAST, host_gib=0.0),
+    "kaggle-t4-fast, all sent by TRL": replace(FAST, card_gib=0.0, host_gib=0.0, sent_by_trl=True),
+    "kaggle-t4-fast, 2 x 4": replace(FAST, size=2, accumulation=4),
+    "kaggle-t4-fast, 8 x 1, 3 GiB kept": replace(FAST, size=8, accumulation=1, card_gib=3.0, host_gib=40.0),
     "TRL + PEFT + bitsandbytes, 2 x 4": Training("trl", 2, 4),
     "kaggle-t4x2: two GPUs, 4 x 1 x 2": replace(FAST, stack="torchrun", accumulation=1),
 }
@@ -73,13 +78,15 @@ ANSWERING = {
     "16 questions of 700 tokens, as Unsloth comes": Answering(16, 700, grouped=False),
     "16 questions of 700 tokens": Answering(16, 700),
     "16 questions of 300 tokens, unpacked first": Answering(16, 300, fused_rows=1),
-    "24 questions of 300 tokens": Answering(24, 300, fused_rows=64),
+    "24 questions of 300 tokens, unpacked first": Answering(24, 300),
+    "24 questions of 300 tokens, fused": Answering(24, 300, fused_rows=64),
     "32 questions of 300 tokens, as Unsloth comes": Answering(32, 300, grouped=False),
     "32 questions of 300 tokens, unpacked first": Answering(32, 300),
     "32 questions of 300 tokens, fused": Answering(32, 300, fused_rows=64),
     "48 questions of 150 tokens, unpacked first": Answering(48, 150),
     "48 questions of 150 tokens, fused": Answering(48, 150, fused_rows=64),
     "1 question of 300 tokens": Answering(1, 300),
+    "1 question of 300 tokens, by bitsandbytes": Answering(1, 300, triton=False),
     "likelihood of options": Scoring(True),
     "likelihood of references": Scoring(False),
 }

@@ -25,7 +25,8 @@ def trl_trainer(options, recipe, rows):
         model = AutoModelForCausalLM.from_pretrained(
             options.model, dtype=torch.float16, attn_implementation="sdpa", device_map={"": 0}
         )
-    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        # In here too: it gives weights back to the whole card's stream, which may unmap them while the shape still reads.
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(settings.seed)
     lora = LoraConfig(
         r=settings.r,
@@ -52,13 +53,13 @@ def trl_trainer(options, recipe, rows):
 
 
 def unsloth_trainer(options, recipe, rows):
-    from medcot import make_trainer
+    from medcot import kernels, make_trainer
     from medcot.model import exempt_from_recomputation
 
     model, tokenizer = loaded_model(options)
-    attention = sys.modules.get("unsloth.utils.attention_dispatch")
-    if attention is not None and attention.xformers is not None:
-        attention.HAS_XFORMERS = recipe.xformers
+    dispatch = sys.modules["unsloth.utils.attention_dispatch"]
+    dispatch.HAS_XFORMERS = recipe.xformers and dispatch.xformers is not None
+    kernels._takes_flash = lambda device: not recipe.one_call  # what takes flash attention is left as Unsloth comes
     trainer = make_trainer(model, tokenizer, rows, settings_for(options, recipe))
     trainer.data_collator.pad_to_multiple_of = recipe.multiple  # make_trainer sets 8 where nothing is padded
     if recipe.sent_by_trl:
@@ -133,15 +134,17 @@ def answering(options, recipe, deadline):
     from transformers import GenerationConfig
 
     from medcot import model as rooms
+    from medcot.kernels import decoding_attention
 
     model, tokenizer = loaded_model(options)
     import unsloth.kernels.utils
     import unsloth.models.llama
 
     unsloth.kernels.utils._BNB_GEMM_4BIT_MAX_ROWS = recipe.fused_rows
+    unsloth.kernels.utils._TRITON_GEMV_EAGER = recipe.triton
     rooms.free_decoding_memory(model)
     rooms.for_inference(model)
-    attention = rooms.decoding_attention if recipe.grouped else torch.nn.functional.scaled_dot_product_attention
+    attention = decoding_attention if recipe.grouped else torch.nn.functional.scaled_dot_product_attention
     unsloth.models.llama.scaled_dot_product_attention = attention
     prompts = torch.tensor([ids[: recipe.tokens] for ids in _questions(recipe.rows, recipe.tokens)], device="cuda")
 

@@ -1,4 +1,4 @@
-"""Attention of one new token, with keys and values that several query heads share, is PyTorch's own."""
+"""Attention as it is arranged where there is no flash attention gives what PyTorch's own gives."""
 
 import torch
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from medcot.model import decoding_attention
+from medcot.kernels import decoding_attention, in_one_call
 
 
 @hypothesis(max_examples=60, deadline=None)
@@ -29,3 +29,16 @@ def test_it_is_pytorchs_attention(rows, shared, each, tokens, new, grouped, padd
     expected = scaled_dot_product_attention(query, key, value, enable_gqa=grouped, attn_mask=mask)
     assert found.shape == expected.shape == (rows, heads, new, 8)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_documents_are_left_to_unsloth_where_the_kernel_is_not():
+    asked = []
+
+    def one_by_one(*arguments, **options):
+        asked.append((arguments, options))
+        return "unsloth's"
+
+    query = torch.zeros(1, 4, 6, 8)
+    options = {"n_groups": 2, "is_causal": True, "sliding_window": None, "sdpa_kwargs": {}, "training": True}
+    assert in_one_call(one_by_one)(query, query[:, :2], query[:, :2], (4, 2), **options) == "unsloth's"
+    assert asked[0][0][3] == (4, 2) and asked[0][1] == options
