@@ -135,8 +135,8 @@ def watch(parts, keep):
     inference._generate_batch = counted_answers(inference._generate_batch)
 
 
-def estimate(part, config, kernel_rows=16):
-    """Minutes on a T4, the least and the most, by the constants above; `kernel_rows` 0: no kernel for 4-bit weights."""
+def estimate(part, config, kernel_rows=32):
+    """Minutes on a T4, least and most, by the constants above; 4-bit weights are multiplied as they are up to `kernel_rows`."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     key_value = hidden * config.num_key_value_heads // config.num_attention_heads
     weights = layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner)
