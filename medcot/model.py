@@ -1,5 +1,6 @@
 """Weights: load a model, give it LoRA adapters, save them. The only room that knows unsloth."""
 
+import gc
 import json
 import logging
 import os
@@ -29,6 +30,14 @@ def _unsloth():
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    if "unsloth" not in sys.modules:
+        # A million objects come with it and stay: looking for garbage among them, now, later and at the end, takes seconds.
+        gc.disable()
+        try:
+            import unsloth
+        finally:
+            gc.enable()
+        gc.freeze()
     import unsloth
 
     if "unsloth.models.llama" in sys.modules:  # its GPU path
@@ -122,8 +131,6 @@ def _locate(settings) -> tuple[str, str | None, bool]:
 
 def free_decoding_memory(model):
     """Gives back the key-value buffers and captured graphs that generation keeps for its next call; nothing without a GPU."""
-    import gc
-
     import torch
 
     if torch.cuda.is_available():
