@@ -1,7 +1,6 @@
 """All rows of a data set in one pass over several sessions: which rows, how many steps, the same run as in one session."""
 
 import json
-import time
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -179,7 +178,7 @@ def job_session(loaded, out, file, steps=None):
     from medcot.run.callbacks import minutes_left
 
     settings = all_of(PROFILES["smoke"], file, output_dir=out, report_to="none", learning_rate=2e-3, save_steps=5,
-                      session_minutes=0.1 if steps else 0.0)  # fmt: skip
+                      session_minutes=60.0 if steps else 0.0)  # fmt: skip
     model, tokenizer = loaded
     splits = load_splits(settings)
     examples = to_examples(splits.train, tokenizer, settings, show=False)
@@ -188,15 +187,16 @@ def job_session(loaded, out, file, steps=None):
     if steps:
         from transformers import TrainerCallback
 
-        class Wait(TrainerCallback):
-            """The session's last step takes until its minutes are used."""
+        class LastStep(TrainerCallback):
+            """Within the session's last step its minutes are used: it had fewer than so far seemed."""
 
             def on_step_begin(self, args, state, control, **_):
                 self.begun = getattr(self, "begun", state.global_step)
-                while state.global_step + 1 == self.begun + steps and minutes_left(settings):
-                    time.sleep(0.05)
+                if state.global_step + 1 == self.begun + steps:
+                    assert minutes_left(settings) > 0
+                    object.__setattr__(settings, "session_minutes", 1e-4)
 
-        trainer.add_callback(Wait)
+        trainer.add_callback(LastStep)
     train(trainer, settings)
     save_adapter(trainer.model, tokenizer, settings)
 
