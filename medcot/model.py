@@ -30,16 +30,15 @@ def _unsloth():
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    if "unsloth" not in sys.modules:
-        # A million objects come with it and stay: looking for garbage among them, now, later and at the end, takes seconds.
+    first = "unsloth" not in sys.modules
+    if first:  # a million objects that stay: the collector looks at them neither while they come nor ever after
         gc.disable()
-        try:
-            import unsloth
-        finally:
+    try:
+        import unsloth
+    finally:
+        if first:
+            gc.freeze()
             gc.enable()
-        gc.freeze()
-    import unsloth
-
     if "unsloth.models.llama" in sys.modules:  # its GPU path
         sys.modules["unsloth.models.llama"].scaled_dot_product_attention = decoding_attention
     return unsloth
