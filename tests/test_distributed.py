@@ -150,10 +150,11 @@ def written(settings):
 
 
 @pytest.fixture(scope="module")
-def ended(pair, tmp_path_factory):
-    """The run of `pair` by two processes, whose session ended after the first step."""
-    settings = replace(pair[1], output_dir=tmp_path_factory.mktemp("ended"), session_minutes=0.01)
-    train_on_all_gpus(settings)
+def ended(pair, in_two, tmp_path_factory):
+    """The run of `pair` by two processes, whose session ended, without an error, before the first step was over."""
+    settings = replace(pair[1], output_dir=tmp_path_factory.mktemp("ended"), session_minutes=1e-4)
+    statuses, said = in_two("rank_train", file=written(settings))
+    assert statuses == [0, 0], said
     return settings
 
 
@@ -256,7 +257,7 @@ def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(ended, 
     capsys.readouterr()
     train(trainer, settings)
     assert (
-        "stopped at step 1 of 5 (session_minutes=0.01 are used): the adapter is that of this step. "
+        "stopped at step 1 of 5 (session_minutes=0.0001 are used): the adapter is that of this step. "
         "Run train_on_all_gpus(settings) to go on" in capsys.readouterr().out
     )
     saved, _ = load_model(settings, adapter=settings.adapter_dir)
@@ -308,7 +309,7 @@ def agents(settings):
 
 def test_two_machines_train_and_go_on_as_one_process_does(pair, in_two, tmp_path):
     one, two = pair
-    settings = replace(two, output_dir=tmp_path, session_minutes=1e-4)  # used before the first step ends
+    settings = replace(two, output_dir=tmp_path, session_minutes=1e-4)
     statuses, said = in_two("rank_train", machines=2, file=written(settings))
     assert statuses == [0, 0] and json.loads((tmp_path / "training.json").read_text())["steps"] == 1
     assert said.count("stopped at step 1 of 5 (session_minutes=0.0001 are used). Continue with") == 1
