@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from workshop import CHILD_SECONDS, Workshop
+from workshop import CHILD_SECONDS
 
 from medcot import (
     add_lora,
@@ -121,17 +121,16 @@ def job_in_two(loaded, work, machines=1, **arguments):
 
 
 @pytest.fixture(scope="module")
-def in_two(tmp_path_factory):
+def in_two(workshop, tmp_path_factory):
     """Has two processes that need not import everything anew call a function; (the exit status of each, what they printed)."""
-    shop, log = Workshop(), tmp_path_factory.mktemp("in_two") / "log"
+    log = tmp_path_factory.mktemp("in_two") / "log"
 
     def in_two(work, **arguments):
-        status, said = shop.do(__name__, "job_in_two", log, work=work, **arguments)
+        status, said = workshop.do(__name__, "job_in_two", log, work=work, **arguments)
         assert status == 0, said
         return json.loads(said.rsplit("STATUSES ", 1)[1]), said
 
-    yield in_two
-    shop.close()
+    return in_two
 
 
 def rank_train(file):

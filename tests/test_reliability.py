@@ -25,20 +25,13 @@ import pytest
 from conftest import REPOSITORY
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
-from workshop import USER_ERROR, Workshop, until
+from workshop import USER_ERROR, until
 
 from medcot import add_lora, generate_answers, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.profiles import PROFILES
 
 STEPS = 20
 RUN = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    shop = Workshop()
-    yield shop
-    shop.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 from test_reliability import checkpoints, losses, record, same_run
-from workshop import USER_ERROR, Workshop
+from workshop import USER_ERROR
 
 from medcot import (
     MedcotError,
@@ -201,18 +201,17 @@ def job_session(loaded, out, file, steps=None):
     save_adapter(trainer.model, tokenizer, settings)
 
 
-@pytest.fixture(scope="module")
-def do(tmp_path_factory):
+@pytest.fixture
+def do(workshop, tmp_path):
     """Runs a session in a child process and returns what it printed."""
-    shop, log, number = Workshop(), tmp_path_factory.mktemp("logs"), count()
+    number = count()
 
     def do(**arguments):
-        status, output = shop.do(__name__, "job_session", log / f"{next(number)}.log", **arguments)
+        status, output = workshop.do(__name__, "job_session", tmp_path / f"{next(number)}.log", **arguments)
         assert status in (0, USER_ERROR), output
         return SimpleNamespace(status=status, output=output)
 
-    yield do
-    shop.close()
+    return do
 
 
 def test_three_short_sessions_equal_one_long_one(do, settings, tmp_path):
