@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from . import identity
@@ -21,6 +22,7 @@ ADAPTER_FILES = (
 )  # fmt: skip
 
 
+@cache
 def _unsloth():
     """Unsloth, imported before anything that it patches, with its telemetry and that of its libraries off."""
     prepare_environment()
@@ -29,8 +31,11 @@ def _unsloth():
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    gc.disable()  # a million objects that stay: the collector looks at them neither while they come nor ever after
     import unsloth
 
+    gc.freeze()
+    gc.enable()
     return unsloth
 
 

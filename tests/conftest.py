@@ -58,6 +58,16 @@ def trained(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def workshop():
+    """A process that has loaded the small model and forks a child for each job: shared by the files that one worker runs."""
+    from workshop import Workshop
+
+    shop = Workshop()
+    yield shop
+    shop.close()
+
+
 RUN = {"save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
 
 

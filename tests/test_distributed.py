@@ -1,6 +1,7 @@
 """Two processes take the same steps as one, leave the same files, and fail loudly when one of them dies."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
+from workshop import CHILD_SECONDS
 
 from medcot import (
     add_lora,
@@ -68,6 +71,7 @@ def pair(trained, drawn, tmp_path_factory):
         trained.settings,
         per_device_train_batch_size=4,
         max_steps=5,
+        warmup_steps=0,  # so that the first step already changes the adapter
         report_to="none",
         output_dir=tmp_path_factory.mktemp("one"),
     )
@@ -85,6 +89,72 @@ def pair(trained, drawn, tmp_path_factory):
         train_on_all_gpus(two)
     run_training(one)
     return one, two
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def job_in_two(loaded, work, machines=1, **arguments):
+    """A function of this module called by two processes that find what torchrun tells its own: on one machine, or on one each."""
+    port, children = free_port(), []
+    for rank in range(2):
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                signal.alarm(CHILD_SECONDS)
+                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+                               "LOCAL_RANK": f"{rank // machines}", "LOCAL_WORLD_SIZE": f"{2 // machines}",
+                               "GROUP_RANK": f"{rank * (machines - 1)}", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+                globals()[work](**arguments)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(pid)
+    print("STATUSES", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+
+
+@pytest.fixture(scope="module")
+def in_two(workshop, tmp_path_factory):
+    """Has two processes that need not import everything anew call a function; (the exit status of each, what they printed)."""
+    log = tmp_path_factory.mktemp("in_two") / "log"
+
+    def in_two(work, **arguments):
+        status, said = workshop.do(__name__, "job_in_two", log, work=work, **arguments)
+        assert status == 0, said
+        return json.loads(said.rsplit("STATUSES ", 1)[1]), said
+
+    return in_two
+
+
+def rank_train(file):
+    """What `python -m medcot train --settings FILE` does."""
+    from medcot.cli import main
+
+    sys.exit(main(["train", "--settings", file]))
+
+
+def written(settings):
+    """The settings in a file of their output folder, as `train_on_all_gpus` leaves them."""
+    settings.output_dir.mkdir(exist_ok=True)
+    file = settings.output_dir / "settings.json"
+    file.write_text(json.dumps(asdict(settings), default=str))
+    return file
+
+
+@pytest.fixture(scope="module")
+def ended(pair, in_two, tmp_path_factory):
+    """The run of `pair` by two processes, whose session ended, without an error, before the first step was over."""
+    settings = replace(pair[1], output_dir=tmp_path_factory.mktemp("ended"), session_minutes=1e-4)
+    statuses, said = in_two("rank_train", file=written(settings))
+    assert statuses == [0, 0], said
+    return settings
 
 
 def losses(settings, key="loss"):
@@ -132,9 +202,7 @@ def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
 
 def interrupted(settings, times):
     """Interrupts a run on two, in a process of its own, once steps are taken; (processes that outlive it, what it said)."""
-    settings.output_dir.mkdir(exist_ok=True)
-    file = settings.output_dir / "start.json"
-    file.write_text(json.dumps(asdict(settings), default=str))
+    file = written(settings)
     code = "import sys; from medcot.profiles import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
     log = settings.output_dir / "start.log"
 
@@ -176,20 +244,19 @@ def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp
     assert (tmp_path / ADAPTER_FOLDER / "adapter_model.safetensors").is_file()
 
 
-def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, tmp_path, capsys):
-    # Without warm-up the first step already changes the adapter, so that a fresh one would be told apart.
-    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, session_minutes=0.01, warmup_steps=0)
-    train_on_all_gpus(settings)
-    capsys.readouterr()
-    record = tmp_path / "training.json"
+def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(ended, tmp_path, capsys):
+    settings = replace(ended, output_dir=tmp_path / "out")
+    shutil.copytree(ended.output_dir, settings.output_dir)
+    record = settings.output_dir / "training.json"
     stale = json.loads(record.read_text()) | {"steps": 0, "notes": []}  # as if a kill had come before it was written
     record.write_text(json.dumps(stale))
     model, tokenizer = load_model(settings)
     examples = to_examples(load_splits(settings).train, tokenizer, settings, show=False)
     trainer = make_trainer(add_lora(model, settings), tokenizer, examples, settings)
+    capsys.readouterr()
     train(trainer, settings)
     assert (
-        "stopped at step 1 of 4000 (session_minutes=0.01 are used): the adapter is that of this step. "
+        "stopped at step 1 of 5 (session_minutes=0.0001 are used): the adapter is that of this step. "
         "Run train_on_all_gpus(settings) to go on" in capsys.readouterr().out
     )
     saved, _ = load_model(settings, adapter=settings.adapter_dir)
@@ -200,23 +267,22 @@ def test_a_session_that_ends_leaves_the_notebook_an_adapter_and_no_error(pair, t
         run_training(settings)  # on the command line there is work left, and no notebook to go on with
 
 
-def test_two_processes_go_on_where_two_stopped(pair, tmp_path):
-    settings = replace(pair[1], output_dir=tmp_path, session_minutes=0.01)
-    train_on_all_gpus(settings)
-    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 1
-    train_on_all_gpus(replace(settings, session_minutes=0))
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+
+
+def test_two_processes_go_on_where_two_stopped(pair, ended, in_two, tmp_path):
+    settings = replace(ended, output_dir=tmp_path / "out", session_minutes=0)
+    shutil.copytree(ended.output_dir, settings.output_dir)
+    assert json.loads((settings.output_dir / "training.json").read_text())["steps"] == 1
+    statuses, said = in_two("rank_train", file=written(settings))
+    assert statuses == [0, 0], said
     assert losses(settings) == losses(pair[1])
-    weights = "DeepSeek-R1-Medical-COT/adapter_model.safetensors"
-    assert (tmp_path / weights).read_bytes() == (pair[1].output_dir / weights).read_bytes()
+    assert (settings.output_dir / ADAPTER_WEIGHTS).read_bytes() == (pair[1].output_dir / ADAPTER_WEIGHTS).read_bytes()
 
 
 def agents(settings):
     """`medcot train` by two agents of torchrun, each with one process, as on machines that share a folder; what they said."""
-    file = settings.output_dir / "settings.json"
-    file.write_text(json.dumps(asdict(settings), default=str))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    file, port = written(settings), free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=medcot", "--local_addr=127.0.0.1", "-m", "medcot", "train",
               "--settings", str(file)]  # fmt: skip
@@ -240,17 +306,16 @@ def agents(settings):
     return said
 
 
-def test_two_machines_train_and_go_on_as_one_process_does(pair, tmp_path):
+def test_two_machines_train_and_go_on_as_one_process_does(pair, in_two, tmp_path):
     one, two = pair
-    settings = replace(two, output_dir=tmp_path, session_minutes=0.01)
-    said = agents(settings)
-    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 1
-    assert sum("stopped at step 1 of 5 (session_minutes=0.01 are used)" in words for words in said) == 1
+    settings = replace(two, output_dir=tmp_path, session_minutes=1e-4)
+    statuses, said = in_two("rank_train", machines=2, file=written(settings))
+    assert statuses == [0, 0] and json.loads((tmp_path / "training.json").read_text())["steps"] == 1
+    assert said.count("stopped at step 1 of 5 (session_minutes=0.0001 are used). Continue with") == 1
     said = agents(replace(settings, session_minutes=0))
     assert sum(f"going on from {tmp_path}/checkpoints/checkpoint-1" in words for words in said) == 1
     assert losses(settings) == pytest.approx(losses(one), abs=1e-3) and len(losses(settings)) == 5
-    weights = "DeepSeek-R1-Medical-COT/adapter_model.safetensors"
-    assert (tmp_path / weights).read_bytes() == (two.output_dir / weights).read_bytes()
+    assert (tmp_path / ADAPTER_WEIGHTS).read_bytes() == (two.output_dir / ADAPTER_WEIGHTS).read_bytes()
 
 
 def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):
@@ -311,50 +376,51 @@ def alone(pair, tmp_path_factory):
     return settings
 
 
-def test_two_processes_measure_what_one_measures(alone, pair, capsys):
-    two = replace(alone, output_dir=pair[1].output_dir)
-    evaluate_on_all_gpus(two)
+@pytest.fixture(scope="module")
+def shown(alone, pair):
+    """The same evaluation by two processes: its settings, and what the notebook was shown."""
+    settings, output = replace(alone, output_dir=pair[1].output_dir), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        evaluate_on_all_gpus(settings)
+    return settings, output.getvalue()
+
+
+def test_two_processes_measure_what_one_measures(alone, shown):
+    two, said = shown
     found, expected = measured(two), measured(alone, expected=True)
     assert len(expected) == 11 and found == expected
-    shown = capsys.readouterr().out
-    assert "baseline, references: 100%" in shown and "finetuned, choices: 100%" in shown
+    assert "baseline, references: 100%" in said and "finetuned, choices: 100%" in said
     # The notebook's own process then finds nothing left to do.
     times = {path: path.stat().st_mtime_ns for path in two.output_dir.glob("*/*.jsonl")}
     run_evaluation(two)
     assert {path: path.stat().st_mtime_ns for path in two.output_dir.glob("*/*.jsonl")} == times
 
 
-def test_processes_whose_work_is_done_close_their_group(left_open, alone, pair):
+def test_processes_whose_work_is_done_close_their_group(left_open, shown, pair):
     """One left open aborts some processes at their end, although their work is done."""
-    evaluate_on_all_gpus(replace(alone, output_dir=pair[1].output_dir))
     ends = [(path.read_text(), path.name[-1]) for path in left_open.glob("*-?")]
     for command in ("train", "evaluate"):
         of_pair = f"{command} --settings {pair[1].output_dir / 'settings.json'}"
-        assert {still for said, still in ends if said.endswith(of_pair)} == {"0"}
+        assert [still for said, still in ends if said.endswith(of_pair)] == ["0", "0"]
 
 
-def two_processes(tmp_path, code, *arguments):
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*launch, script, *arguments], check=False, capture_output=True, text=True)
+def rank_fill(file):
+    import torch
+
+    from medcot.run.kept import Kept, process
+
+    torch.distributed.init_process_group("gloo")
+    rank, _ = process()
+    file = Kept(Path(file), {"measured": "baseline, rows"}, {"row": int}, frozenset(range(7)))
+    done = file.fill([[0, 1], [2], [3], [4, 5], [6]], lambda batch: [{"row": i, "rank": rank} for i in batch], "row")
+    Path(f"{file.path}.{rank}").write_text(json.dumps([done[i]["rank"] for i in range(7)]))
+    torch.distributed.destroy_process_group()
 
 
-def test_each_process_takes_half_of_the_batches(tmp_path):
-    code = """
-import json, sys, torch
-from pathlib import Path
-from medcot.run.kept import Kept, process
-torch.distributed.init_process_group("gloo")
-rank, _ = process()
-file = Kept(Path(sys.argv[1]), {"measured": "baseline, rows"}, {"row": int}, frozenset(range(7)))
-done = file.fill([[0, 1], [2], [3], [4, 5], [6]], lambda batch: [{"row": i, "rank": rank} for i in batch], "row")
-Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps([done[i]["rank"] for i in range(7)]))
-torch.distributed.destroy_process_group()
-"""
+def test_each_process_takes_half_of_the_batches(in_two, tmp_path):
     file = tmp_path / "rows.jsonl"
-    run = two_processes(tmp_path, code, file)
-    assert run.returncode == 0, run.stderr
+    statuses, said = in_two("rank_fill", file=file)
+    assert statuses == [0, 0], said
     assert [json.loads(line) for line in file.open()][1:] == [
         {"row": i, "rank": rank} for i, rank in enumerate([0, 0, 1, 0, 1, 1, 0])
     ]
@@ -386,25 +452,24 @@ def test_what_stopped_a_process_is_what_the_error_says(pair, tmp_path):
         evaluate_on_all_gpus(replace(pair[1], output_dir=tmp_path))
 
 
-def test_processes_that_see_different_files_stop(tmp_path):
-    code = """
-import sys, torch
-from pathlib import Path
-from medcot.run.kept import Kept, process
-torch.distributed.init_process_group("gloo")
-rank, _ = process()
-file = Kept(Path(f"{sys.argv[1]}-{rank}") / "a.jsonl", {"measured": "baseline, rows"}, {"row": int}, frozenset(range(2)))
-if rank:
-    file.path.parent.mkdir()
-    file._append([{"row": 0}, {"row": 1}])
-file.fill([[0, 1]], lambda batch: [{"row": i} for i in batch], "row")
-"""
-    run = two_processes(tmp_path, code, tmp_path / "out")
-    assert (
-        run.returncode == 1
-        and "the processes see different files at" in run.stderr
-        and "MEDCOT_OUT must be" in run.stderr
-    )
+def rank_other_file(folder):
+    import torch
+
+    from medcot.run.kept import Kept, process
+
+    torch.distributed.init_process_group("gloo")
+    rank, _ = process()
+    file = Kept(Path(f"{folder}-{rank}") / "a.jsonl", {"measured": "baseline, rows"}, {"row": int}, frozenset(range(2)))
+    if rank:
+        file.path.parent.mkdir()
+        file._append([{"row": 0}, {"row": 1}])
+    file.fill([[0, 1]], lambda batch: [{"row": i} for i in batch], "row")
+
+
+def test_processes_that_see_different_files_stop(in_two, tmp_path):
+    statuses, said = in_two("rank_other_file", folder=tmp_path / "out")
+    assert statuses == [1, 1] and said.count("MedcotError: the processes see different files at") == 2
+    assert said.count("MEDCOT_OUT must be") == 2
 
 
 def test_what_a_process_prints_is_shown_when_it_is_printed(capfd):

@@ -161,9 +161,9 @@ def test_the_forecast_counts_the_tokens_to_come_and_leaves_the_compiling_step_ou
 
 def test_a_run_longer_than_a_session_is_refused(settings):
     with pytest.raises(
-        MedcotError, match=r"do not fit the (700|6\d\d) that the session has left: lower max_steps=100000000"
+        MedcotError, match=r"do not fit the (700|6\d\d) that the session has left: lower max_steps=10000000"
     ):
-        preflight(replace(settings, max_steps=100_000_000, session_minutes=700))
+        preflight(replace(settings, max_steps=10_000_000, session_minutes=700))
 
 
 def test_a_run_shorter_than_the_forecast_takes_is_refused(settings):

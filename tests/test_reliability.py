@@ -1,5 +1,6 @@
 """Faults, put in through the operating system, and what is still there afterwards."""
 
+import base64
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
@@ -23,20 +25,13 @@ import pytest
 from conftest import REPOSITORY
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
-from workshop import USER_ERROR, Workshop, until
+from workshop import USER_ERROR, until
 
 from medcot import add_lora, generate_answers, load_splits, make_trainer, save_adapter, to_examples, train
 from medcot.profiles import PROFILES
 
 STEPS = 20
 RUN = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 2e-3, "report_to": "none", "train_rows": 40}
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    shop = Workshop()
-    yield shop
-    shop.close()
 
 
 @pytest.fixture
@@ -460,8 +455,31 @@ PLANTED = {
 }
 
 
-def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
-    environment = os.environ | PLANTED | {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # a key, and nobody to give it to
+@pytest.fixture
+def refusal():
+    """The address of a server that refuses every key at once, and the keys that it was given."""
+    given = set()
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self):
+            kind, _, key = self.headers.get("Authorization", "").partition(" ")
+            given.add(base64.b64decode(key).decode() if kind == "Basic" else key)
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", given
+    server.shutdown()
+
+
+def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path, refusal):
+    address, given = refusal
+    environment = os.environ | PLANTED | {"WANDB_BASE_URL": address}
     environment |= {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path / "out"), "HOME": str(tmp_path / "home")}
     (tmp_path / "home").mkdir()
     environment.pop("WANDB_MODE", None)
@@ -485,6 +503,7 @@ def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path):
     assert until(look, 300)
     reader.join()
     assert run.returncode == 0, "".join(output)[-3000:]
+    assert any(PLANTED["WANDB_API_KEY"] in key for key in given)  # it was found and used, and went nowhere else:
     assert not listening
     files = [path for path in (tmp_path / "out", tmp_path / "home") for path in path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"02_finetune.ipynb", "training.json", "RUN.md", "adapter_config.json"}

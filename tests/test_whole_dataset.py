@@ -1,7 +1,6 @@
 """All rows of a data set in one pass over several sessions: which rows, how many steps, the same run as in one session."""
 
 import json
-import time
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 from test_reliability import checkpoints, losses, record, same_run
-from workshop import USER_ERROR, Workshop
+from workshop import USER_ERROR
 
 from medcot import (
     MedcotError,
@@ -179,7 +178,7 @@ def job_session(loaded, out, file, steps=None):
     from medcot.run.callbacks import minutes_left
 
     settings = all_of(PROFILES["smoke"], file, output_dir=out, report_to="none", learning_rate=2e-3, save_steps=5,
-                      session_minutes=0.1 if steps else 0.0)  # fmt: skip
+                      session_minutes=60.0 if steps else 0.0)  # fmt: skip
     model, tokenizer = loaded
     splits = load_splits(settings)
     examples = to_examples(splits.train, tokenizer, settings, show=False)
@@ -188,31 +187,31 @@ def job_session(loaded, out, file, steps=None):
     if steps:
         from transformers import TrainerCallback
 
-        class Wait(TrainerCallback):
-            """The session's last step takes until its minutes are used."""
+        class LastStep(TrainerCallback):
+            """Within the session's last step its minutes are used: it had fewer than so far seemed."""
 
             def on_step_begin(self, args, state, control, **_):
                 self.begun = getattr(self, "begun", state.global_step)
-                while state.global_step + 1 == self.begun + steps and minutes_left(settings):
-                    time.sleep(0.05)
+                if state.global_step + 1 == self.begun + steps:
+                    assert minutes_left(settings) > 0
+                    object.__setattr__(settings, "session_minutes", 1e-4)
 
-        trainer.add_callback(Wait)
+        trainer.add_callback(LastStep)
     train(trainer, settings)
     save_adapter(trainer.model, tokenizer, settings)
 
 
-@pytest.fixture(scope="module")
-def do(tmp_path_factory):
+@pytest.fixture
+def do(workshop, tmp_path):
     """Runs a session in a child process and returns what it printed."""
-    shop, log, number = Workshop(), tmp_path_factory.mktemp("logs"), count()
+    number = count()
 
     def do(**arguments):
-        status, output = shop.do(__name__, "job_session", log / f"{next(number)}.log", **arguments)
+        status, output = workshop.do(__name__, "job_session", tmp_path / f"{next(number)}.log", **arguments)
         assert status in (0, USER_ERROR), output
         return SimpleNamespace(status=status, output=output)
 
-    yield do
-    shop.close()
+    return do
 
 
 def test_three_short_sessions_equal_one_long_one(do, settings, tmp_path):

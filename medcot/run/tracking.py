@@ -67,10 +67,13 @@ class LossChart:
         from IPython import get_ipython
         from IPython.display import display
 
+        in_notebook = getattr(get_ipython(), "kernel", None) is not None
+        if not in_notebook and not save:
+            return  # nobody would see it
         figure = plot_loss(history, self.max_steps)
         if self.handle is not None:
             self.handle.update(figure)
-        elif getattr(get_ipython(), "kernel", None) is not None:
+        elif in_notebook:
             self.handle = display(figure, display_id=True)
         if save:
             self.path.parent.mkdir(parents=True, exist_ok=True)
