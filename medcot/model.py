@@ -1,5 +1,6 @@
 """Weights: load a model, give it LoRA adapters, save them. The only room that knows unsloth."""
 
+import gc
 import json
 import logging
 import os
@@ -29,8 +30,15 @@ def _unsloth():
     # Notes of these libraries to their own developers (no triton on a CPU, a deprecated registration).
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    import unsloth
-
+    first = "unsloth" not in sys.modules
+    if first:  # a million objects that stay: the collector looks at them neither while they come nor ever after
+        gc.disable()
+    try:
+        import unsloth
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()
     if "unsloth.models.llama" in sys.modules:  # its GPU path
         sys.modules["unsloth.models.llama"].scaled_dot_product_attention = decoding_attention
     return unsloth
@@ -122,8 +130,6 @@ def _locate(settings) -> tuple[str, str | None, bool]:
 
 def free_decoding_memory(model):
     """Gives back the key-value buffers and captured graphs that generation keeps for its next call; nothing without a GPU."""
-    import gc
-
     import torch
 
     if torch.cuda.is_available():
