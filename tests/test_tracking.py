@@ -67,7 +67,7 @@ def refusing_server():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return server
 
 
