@@ -229,9 +229,9 @@ def test_failure_with_status_0_is_a_failure(tree, server, answer, words):
         quick(tree)
 
 
-@pytest.mark.parametrize("fault", ["lost", 1.5])
+@pytest.mark.parametrize("fault", ["lost", 2.5])
 def test_a_push_whose_answer_is_lost_is_found_and_not_repeated(tree, server, fault, monkeypatch):
-    monkeypatch.setattr(client, "PUSH_SECONDS", 1.0)
+    monkeypatch.setattr(client, "PUSH_SECONDS", 2.0)
     monkeypatch.setattr(client, "PAUSES", (0.2, 0.7, 2.0))  # the slow one takes effect while it is asked for
     server.faults["SaveKernel"] = [fault]
     quick(tree)
