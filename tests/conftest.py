@@ -11,6 +11,8 @@ from medcot.settings import EMBEDDED_MODEL
 # No test may reach a hub or wandb, whatever the machine has.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.pop("WANDB_API_KEY", None)
+# Where it is set, each of the many processes that tests start would compile medcot anew, a third of a second each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for variable in VARIABLES.keys() - {"MEDCOT_REAL_ROWS"}:
     os.environ.pop(variable, None)
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import subprocess
 
 import pytest
+from kaggle_process import Client
 from kaggle_server import Server
 from kaggle_tree import KEY, METADATA_FILE, REPOSITORY
 
@@ -21,8 +23,22 @@ def tree(tmp_path):
     return root
 
 
+@pytest.fixture(scope="module")
+def client_process():
+    """Where the client runs: forked from a process that has its imports behind it."""
+    process = Client()
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def fresh_process(server, monkeypatch):
+    """The client runs as for a user, in a new Python for each call."""
+    monkeypatch.setattr(client, "subprocess", subprocess)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, client_process):
     """A loopback Kaggle that the unmodified client of this test is pointed at."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("KAGGLE_")]:
         monkeypatch.delenv(name)
@@ -33,5 +49,6 @@ def server(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(client, "PAUSES", (0.02, 0.05))
+    monkeypatch.setattr(client, "subprocess", client_process)
     yield server
     server.close()

@@ -4,15 +4,36 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from medcot.cli import main
+
 
 def medcot(*arguments, **environment):
+    """The command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", "from medcot.cli import main; import sys; sys.exit(main())", *arguments],
         env=os.environ | {"MEDCOT_PROFILE": "smoke"} | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """The command in this process: the same entry, the same streams, without the seconds of its imports."""
+
+    def here(*arguments, **environment):
+        for name, value in ({"MEDCOT_PROFILE": "smoke"} | environment).items():
+            monkeypatch.setenv(name, value)
+        capfd.readouterr()
+        try:
+            status = main(list(arguments))
+        except SystemExit as end:  # as argparse and tyro end a process
+            status = end.code
+        return SimpleNamespace(returncode=status, **dict(zip(("stdout", "stderr"), capfd.readouterr(), strict=True)))
+
+    return here
 
 
 def test_audit_prints_what_it_found_and_writes_nothing(tmp_path):
@@ -33,14 +54,15 @@ def test_audit_prints_what_it_found_and_writes_nothing(tmp_path):
         ({"MEDCOT_DATASET": "EMPTY"}, "what its name says"),
     ],
 )
-def test_a_user_error_is_one_line_without_a_traceback(tmp_path, environment, words):
+def test_a_user_error_is_one_line_without_a_traceback(tmp_path, here, environment, words):
     (tmp_path / "columns.jsonl").write_text(json.dumps({"Question": "a", "Response": "b"}) + "\n")
     (tmp_path / "empty.jsonl").write_text("")
     environment = {
         name: {"COLUMNS": str(tmp_path / "columns.jsonl"), "EMPTY": str(tmp_path / "empty.jsonl")}.get(value, value)
         for name, value in environment.items()
     }
-    run = medcot("audit", MEDCOT_OUT=str(tmp_path / "out"), **environment)
+    in_a_process = "MEDCOT_PROFILE" in environment  # one of them shows the status that a shell sees
+    run = (medcot if in_a_process else here)("audit", MEDCOT_OUT=str(tmp_path / "out"), **environment)
     assert run.returncode == 1
     message = [line for line in run.stderr.splitlines() if line.startswith("medcot audit: ")]
     assert len(message) == 1 and words in message[0]
@@ -63,16 +85,16 @@ def test_a_kernel_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
     assert "dies.ipynb stopped: its kernel died" in line and "run the command again" in line
 
 
-def test_flags_are_the_settings_and_a_slip_is_told_its_neighbour(tmp_path):
-    run = medcot("audit", "--train-rows", "32", "--out", str(tmp_path / "out"))
+def test_flags_are_the_settings_and_a_slip_is_told_its_neighbour(tmp_path, here):
+    run = here("audit", "--train-rows", "32", "--out", str(tmp_path / "out"))
     assert run.returncode == 0 and "32 training rows from embedded cases" in run.stdout, run.stderr
     rows = tmp_path / "rows.jsonl"
     made = [{"Question": f"Why {i}?", "Complex_CoT": "Because.", "Response": "So."} for i in range(30)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
-    run = medcot("audit", str(rows), "--out", str(tmp_path / "out"))
+    run = here("audit", str(rows), "--out", str(tmp_path / "out"))
     assert run.returncode == 0 and "24 training and 6 evaluation rows from" in run.stdout, run.stderr
-    run = medcot("train", "--max-step", "3")
+    run = here("train", "--max-step", "3")
     assert run.returncode != 0 and "--max-steps" in run.stdout + run.stderr and "Traceback" not in run.stderr
-    run = medcot("--help")
+    run = here("--help")
     assert "medcot train --max-steps 100" in run.stdout and "MEDCOT_PROFILE" in run.stdout
     assert medcot("--version").stdout.startswith("medcot 0.1")

@@ -32,7 +32,7 @@ def session(server, tree, version=1, notebooks=DONE, outcome="COMPLETE", **files
     return kernel
 
 
-def test_pull_brings_a_session_home_once(tree, server, capsys):
+def test_pull_brings_a_session_home_once(tree, server, fresh_process, capsys):
     kernel = session(server, tree, measured__a=b"answers", checkpoints__c=b"large", **{"RUN.md": b"card"})
     kernel.files[ADAPTER] = b"x" * 3_000_000
     server.cut_files[ADAPTER] = 1_000_000

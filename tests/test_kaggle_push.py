@@ -188,7 +188,7 @@ def test_the_pushed_folder_is_not_the_one_that_others_may_change(tree, server, m
     assert "medcot-staged" in server.kernels[REF].request["text"]
 
 
-def test_the_key_is_nowhere(tree, server, capfd, monkeypatch, tmp_path):
+def test_the_key_is_nowhere(tree, server, fresh_process, capfd, monkeypatch, tmp_path):
     """Not even when the client is asked for its verbose mode, in which it prints its own headers."""
     monkeypatch.setenv("VERBOSE", "1")
     server.faults["GetKernel"] = [500]
@@ -229,10 +229,10 @@ def test_failure_with_status_0_is_a_failure(tree, server, answer, words):
         quick(tree)
 
 
-@pytest.mark.parametrize("fault", ["lost", 3.5])
+@pytest.mark.parametrize("fault", ["lost", 2.5])
 def test_a_push_whose_answer_is_lost_is_found_and_not_repeated(tree, server, fault, monkeypatch):
-    monkeypatch.setattr(client, "PUSH_SECONDS", 2.5)
-    monkeypatch.setattr(client, "PAUSES", (2.0, 0.1))
+    monkeypatch.setattr(client, "PUSH_SECONDS", 2.0)
+    monkeypatch.setattr(client, "PAUSES", (0.2, 0.7, 2.0))  # the slow one takes effect while it is asked for
     server.faults["SaveKernel"] = [fault]
     quick(tree)
     assert server.pushes() == [REF] and len(verbs(server, "SaveKernel")) == 1

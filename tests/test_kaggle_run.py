@@ -46,7 +46,8 @@ def wheel_of(name, folder):
 def image(tmp_path_factory):
     """A Python that has what this one has, linked, but for medcot and what an image lacks; a list of wheels of those."""
     folder = tmp_path_factory.mktemp("image")
-    packages, wheels = folder / "packages", folder / "wheels"
+    # Named so because unsloth reads, for four seconds, through libraries that are installed anywhere else.
+    packages, wheels = folder / "site-packages", folder / "wheels"
     packages.mkdir(), wheels.mkdir()
     lacking = re.compile(rf"(__editable__.*)?_*({'|'.join(('medcot', *LACKING))})([-.].*)?", re.I)
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
@@ -108,7 +109,7 @@ def environment(root, index, **more):
     return kept | more | {
         "HOME": str(home), "TMPDIR": str(scratch), "MEDCOT_KAGGLE_ROOT": str(root), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
         "http_proxy": closed, "https_proxy": closed, "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1",
-        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index, "PYTHONDONTWRITEBYTECODE": "1",
+        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index,
     }  # fmt: skip
 
 

@@ -329,7 +329,7 @@ def test_a_notebook_that_never_ends_is_stopped_in_time(session, monkeypatch):
     (tree / "notebooks").mkdir(parents=True)
     nbformat.write(notebook, tree / "notebooks" / "01_baseline.ipynb")
     monkeypatch.setattr(room, "__file__", str(tree / "medcot" / "kaggle" / "session.py"))
-    status, _ = room._papermill("01_baseline", session / "working", seconds=8)
+    status, _ = room._papermill("01_baseline", session / "working", seconds=5)
     assert status == -9 and (session / "working" / "notebooks" / "01_baseline.ipynb").is_file()
 
 

@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from test_tracking import read_offline_run
 
 from medcot import parse_completion
+from medcot.cli import main
 from medcot.model import ADAPTER_FILES
 from medcot.settings import NOTICE
 
@@ -84,12 +85,13 @@ def test_the_offline_wandb_file_holds_the_loss_history(output):
     assert keys.count("train/loss") == 6 and "eval/loss" in keys
 
 
-def test_the_readmes_own_question_is_answered(output):
+def test_the_readmes_own_question_is_answered(output, monkeypatch, capsys):
     (line,) = re.findall(r"^medcot (ask .*)$", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    command = [sys.executable, "-m", "medcot", *shlex.split(line), "--out", str(output)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    assert run.returncode == 0, run.stderr
-    assert "qSOFA score" in run.stdout and NOTICE in run.stdout
+    monkeypatch.chdir(REPOSITORY)
+    status = main([*shlex.split(line), "--out", str(output)])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert "qSOFA score" in shown.out and NOTICE in shown.out
 
 
 def test_card_and_figures_are_there(output):

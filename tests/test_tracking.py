@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from medcot.run import tracking
 from medcot.run.tracking import plot_loss, wandb_run
 
 
@@ -49,10 +50,11 @@ def closed_port():
 
 
 def refusing_server():
-    """A server that knows no key: 401 to everything, as wandb's own answers a wrong one."""
+    """A server that knows no key: 401 to everything, as wandb's own answers a wrong one; `asked` has what it was asked."""
 
     class Refusal(BaseHTTPRequestHandler):
         def do_POST(self):
+            self.server.asked.append(self.path)
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(401)
             self.send_header("Content-Length", "0")
@@ -64,7 +66,8 @@ def refusing_server():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.asked = []
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return server
 
 
@@ -72,6 +75,10 @@ def refusing_server():
 def test_where_going_online_fails_it_is_offline_with_a_line_and_training_goes_on(
     settings, monkeypatch, capsys, trouble
 ):
+    import wandb
+
+    wandb.teardown()  # or it would go on asking the address that the process asked first
+    monkeypatch.setattr(tracking, "ONLINE_SECONDS", 2.0 if trouble == "nobody there" else tracking.ONLINE_SECONDS)
     server = refusing_server()
     port = closed_port() if trouble == "nobody there" else server.server_port
     key = "planted-key" if trouble == "a key of a wrong form" else "f" * 40
@@ -81,6 +88,8 @@ def test_where_going_online_fails_it_is_offline_with_a_line_and_training_goes_on
     assert mode_of(settings) == "offline"
     assert time.monotonic() - started < 60
     server.shutdown()
+    wandb.teardown()
+    assert bool(server.asked) == (trouble == "a wrong key"), "only a key that may be one is sent"
     printed = "".join(capsys.readouterr())
     assert "wandb offline: wandb could not go online" in printed and key not in printed
 

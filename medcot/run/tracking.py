@@ -8,6 +8,7 @@ from pathlib import Path
 from ..hub import kaggle_secret
 
 INK, HELD_OUT = "#1f5a96", "#c4561b"
+ONLINE_SECONDS = 20.0  # how long going online may take before the run is kept offline
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def wandb_run(settings):
     mode, why = _wandb_mode()
     start = {
         "project": settings.wandb_project, "name": settings.profile, "dir": str(settings.output_dir),
-        "settings": wandb.Settings(init_timeout=20, console="off", silent=True, disable_code=True),
+        "settings": wandb.Settings(init_timeout=ONLINE_SECONDS, console="off", silent=True, disable_code=True),
     }  # fmt: skip
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     try:
