@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 # Two workers of one thread each: on two cores more threads than that stall each other tenfold.
 test: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # torch comes first and with its own dependencies, so that pip takes the build it finds for this machine (CPU or CUDA)
 # and leaves one that is already there alone. The rest is the locked set with --no-deps: unsloth declares a certifi newer

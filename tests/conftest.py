@@ -78,3 +78,12 @@ def job(settings, stop_after=None):
     from medcot.run.resume import run_training
 
     return run_training(settings, stop_after)
+
+
+# In this order, then the rest: what takes longest begins first, so that two workers end at about the same time.
+LONGEST = ("distributed", "kaggle_run", "reliability", "notebooks", "hub", "measure", "export", "whole_dataset")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

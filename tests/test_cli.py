@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from medcot.cli import main
+from medcot.settings import NOTICE
 
 
 def medcot(*arguments, **environment):
@@ -69,18 +70,43 @@ def test_a_user_error_is_one_line_without_a_traceback(tmp_path, here, environmen
     assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_kernel_that_dies_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """Runs `medcot demo` in this process, on notebooks made of the given sources of cells; returns its status."""
     from nbformat import v4, write
 
     from medcot import cli
 
-    (tmp_path / "notebooks").mkdir()
-    write(v4.new_notebook(cells=[v4.new_code_cell("import os; os._exit(9)")]), tmp_path / "notebooks" / "dies.ipynb")
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "medcot" / "cli.py"))
-    monkeypatch.setattr(cli, "NOTEBOOKS", ("dies",))
     monkeypatch.setenv("MEDCOT_PROFILE", "smoke")
     monkeypatch.setenv("MEDCOT_OUT", str(tmp_path / "out"))
-    assert cli.main(["demo"]) == 1
+    (tmp_path / "notebooks").mkdir()
+
+    def run(**sources):
+        monkeypatch.setattr(cli, "NOTEBOOKS", tuple(sources))
+        for name, source in sources.items():
+            write(v4.new_notebook(cells=[v4.new_code_cell(source)]), tmp_path / "notebooks" / f"{name}.ipynb")
+        return cli.main(["demo"])
+
+    return run
+
+
+def test_the_demo_runs_the_notebooks_in_order_without_an_open_port_and_ends_with_the_comparison(demo, tmp_path, capfd):
+    listens = "{c.laddr.ip for c in psutil.Process().net_connections('inet') if c.status == 'LISTEN'} - {'127.0.0.1'}"
+    left = tmp_path / "left.txt"
+    assert not demo(
+        first=f"import psutil\nprint('ports', {listens})\nopen({str(left)!r}, 'w').write('by the first')",
+        second=f"comparison = open({str(left)!r}).read() + ' and read by the second'\ncomparison",
+    )
+    shown = capfd.readouterr().out
+    assert shown.index("=== first ===") < shown.index("ports set()") < shown.index("=== second ===")
+    assert shown.index("by the first and read by the second") < shown.index("=== done in") < shown.index(NOTICE)
+    kept = json.loads((tmp_path / "out" / "notebooks" / "first.ipynb").read_text())
+    assert kept["cells"][0]["outputs"][0]["text"] == ["ports set()\n"]
+
+
+def test_a_kernel_that_dies_is_one_line(demo, capsys):
+    assert demo(dies="import os; os._exit(9)") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medcot demo: ")]
     assert "dies.ipynb stopped: its kernel died" in line and "run the command again" in line
 

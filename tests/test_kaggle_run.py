@@ -1,5 +1,7 @@
-"""The staged notebooks run as on Kaggle, in an environment without medcot and what an image lacks. Long: a minute or two."""
+"""The staged notebooks run as on Kaggle, in an environment without medcot and what an image lacks. Long: a minute."""
 
+import base64
+import contextlib
 import email
 import importlib.metadata
 import json
@@ -9,15 +11,18 @@ import shutil
 import subprocess
 import sysconfig
 import threading
+import time
 import venv
 import zipfile
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from kaggle_tree import REF, REPOSITORY, change, put
+from workshop import until
 
 from medcot.kaggle.metadata import METADATA_FILE
 from medcot.kaggle.pull import pull
@@ -28,6 +33,11 @@ pytest_plugins = ("kaggle_fixtures",)
 
 # An image has none of these; here they come from an attached folder or from a loopback index.
 LACKING = ("trl", "tyro", "rapidfuzz")
+PLANTED = {
+    "WANDB_API_KEY": "aaaa1111bbbb2222cccc3333dddd4444eeee5555",
+    "HF_TOKEN": "hf_PlantedTokenForTheTestOfSecrets123",
+    "KAGGLE_KEY": "0123planted4567planted89abplantedcd",
+}
 
 
 def wheel_of(name, folder):
@@ -133,11 +143,23 @@ class Run:
         source = staged.write(folder / "source", after=1 if outputs else 0) / f"{staged.name}.ipynb"
         self.page = folder / "page.ipynb"
         command = [str(self.venv / "bin" / "python"), "-m", "papermill", str(source), str(self.page), "-k", "python3"]
-        done = subprocess.run(
-            [*command, "--no-progress-bar", "--cwd", str(self.working)], env=environment(self.root, index, **more),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-4000:]
+        self.printed, self.listening = folder / "printed.txt", set()
+        with self.printed.open("w") as printed:
+            process = subprocess.Popen(
+                [*command, "--no-progress-bar", "--cwd", str(self.working)], env=environment(self.root, index, **more),
+                stdout=printed, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert until(lambda: self._ended(process), 500)
+        assert process.returncode == 0, self.printed.read_text()[-4000:]
+
+    def _ended(self, process):
+        with contextlib.suppress(psutil.Error):
+            watched = psutil.Process(process.pid)
+            for one in (watched, *watched.children(recursive=True)):
+                found = (c for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+                self.listening.update(f"{one.name()} {c.laddr}" for c in found if not c.laddr.ip.startswith("127."))
+        time.sleep(0.2)
+        return process.poll() is not None
 
     def _mount(self, old, kind, slug):
         return self.root / "input" / slug if old else self.root / "input" / kind / "anna" / slug
@@ -157,13 +179,35 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(image, index, tmp_path_factory):
+def refusal():
+    """The address of a server that refuses every wandb key at once, and the keys that it was given."""
+    given = set()
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self):
+            kind, _, key = self.headers.get("Authorization", "").partition(" ")
+            given.add(base64.b64decode(key).decode() if kind == "Basic" else key)
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", given
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(image, index, refusal, tmp_path_factory):
     """Twice the session that runs all three, the first stopped in 02 and the second going on from its output."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, keys = tmp_path_factory.mktemp("runs"), PLANTED | {"WANDB_BASE_URL": refusal[0]}
     staged = clone(folder / "clone")
-    first = Run(folder / "first", image, index, staged["session"], STOP_02="1")
-    second = Run(folder / "second", image, index, staged["session"], [("medcot-session", first.working)])
-    return SimpleNamespace(first=first, second=second, staged=staged, folder=folder)
+    first = Run(folder / "first", image, index, staged["session"], STOP_02="1", **keys)
+    second = Run(folder / "second", image, index, staged["session"], [("medcot-session", first.working)], **keys)
+    return SimpleNamespace(first=first, second=second, staged=staged, folder=folder, keys_sent=refusal[1])
 
 
 def test_kaggle_run_that_stops_in_02_leaves_what_01_made(runs):
@@ -200,6 +244,27 @@ def test_kaggle_run_takes_medcot_and_what_the_image_lacks_from_the_notebook(runs
         assert any((runs.first.venv / "lib").rglob(f"site-packages/{name}/__init__.py"))
     assert not any((runs.first.venv / "lib").rglob("site-packages/medcot"))
     assert "installed trl==" in runs.first.shown()
+
+
+def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(runs):
+    # The key was found and used, and went nowhere else.
+    assert any(PLANTED["WANDB_API_KEY"] in key for key in runs.keys_sent)
+    looked_at = set()
+    for run in (runs.first, runs.second):
+        assert not run.listening
+        places = (run.working, run.root.parent / "home")
+        files = [path for place in places for path in place.rglob("*") if path.is_file()]
+        for path in (*files, run.printed, run.page):
+            assert not [name for name, key in PLANTED.items() if key.encode() in path.read_bytes()]
+            looked_at.add(path.name)
+    assert looked_at >= {
+        "02_finetune.ipynb",
+        "training.json",
+        "RUN.md",
+        "adapter_config.json",
+        "printed.txt",
+        "page.ipynb",
+    }
 
 
 def test_kaggle_run_results_come_home(runs, tree, server):

@@ -1,7 +1,5 @@
 """Faults, put in through the operating system, and what is still there afterwards."""
 
-import base64
-import contextlib
 import json
 import os
 import random
@@ -14,13 +12,11 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
 import filelock
 import nbformat
-import psutil
 import pytest
 from conftest import REPOSITORY
 from jupyter_client import KernelManager
@@ -446,69 +442,6 @@ def test_the_stop_button_of_a_notebook_leaves_a_checkpoint_and_runs_on(tmp_path,
     assert record(tmp_path)["steps"] < 90 and "(interrupted)" in record(tmp_path)["notes"][0]
     assert checkpoints(tmp_path)[-1].name == f"checkpoint-{record(tmp_path)['steps']}"
     assert (tmp_path / "DeepSeek-R1-Medical-COT" / "adapter_model.safetensors").is_file()
-
-
-PLANTED = {
-    "WANDB_API_KEY": "aaaa1111bbbb2222cccc3333dddd4444eeee5555",
-    "HF_TOKEN": "hf_PlantedTokenForTheTestOfSecrets123",
-    "KAGGLE_KEY": "0123planted4567planted89abplantedcd",
-}
-
-
-@pytest.fixture
-def refusal():
-    """The address of a server that refuses every key at once, and the keys that it was given."""
-    given = set()
-
-    class Refusal(BaseHTTPRequestHandler):
-        def do_POST(self):
-            kind, _, key = self.headers.get("Authorization", "").partition(" ")
-            given.add(base64.b64decode(key).decode() if kind == "Basic" else key)
-            self.send_response(401)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", given
-    server.shutdown()
-
-
-def test_no_file_of_a_run_holds_a_key_and_no_port_is_opened(tmp_path, refusal):
-    address, given = refusal
-    environment = os.environ | PLANTED | {"WANDB_BASE_URL": address}
-    environment |= {"MEDCOT_PROFILE": "smoke", "MEDCOT_OUT": str(tmp_path / "out"), "HOME": str(tmp_path / "home")}
-    (tmp_path / "home").mkdir()
-    environment.pop("WANDB_MODE", None)
-    run = subprocess.Popen(
-        [sys.executable, "-c", "from medcot.cli import main; import sys; sys.exit(main(['demo']))"],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    listening, watch = set(), psutil.Process(run.pid)
-
-    def look():
-        with contextlib.suppress(psutil.Error):
-            for process in (watch, *watch.children(recursive=True)):
-                found = (c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
-                listening.update(f"{process.name()} {c.laddr}" for c in found if not c.laddr.ip.startswith("127."))
-        time.sleep(0.25)
-        return run.poll() is not None
-
-    output = []
-    reader = threading.Thread(target=lambda: output.extend(run.stdout))
-    reader.start()
-    assert until(look, 300)
-    reader.join()
-    assert run.returncode == 0, "".join(output)[-3000:]
-    assert any(PLANTED["WANDB_API_KEY"] in key for key in given)  # it was found and used, and went nowhere else:
-    assert not listening
-    files = [path for path in (tmp_path / "out", tmp_path / "home") for path in path.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"02_finetune.ipynb", "training.json", "RUN.md", "adapter_config.json"}
-    for text in ["".join(output).encode(), *(path.read_bytes() for path in files)]:
-        assert not [name for name, key in PLANTED.items() if key.encode() in text]
 
 
 TELEMETRY = """

@@ -1,6 +1,7 @@
 """All rows of a data set in one pass over several sessions: which rows, how many steps, the same run as in one session."""
 
 import json
+import time
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -238,3 +239,17 @@ def test_three_short_sessions_equal_one_long_one(do, settings, tmp_path):
     ]
     assert adapters[0] == adapters[1]
     assert "already trained" in do(out=out, file=file).output
+
+
+def test_a_session_is_as_old_as_kaggles_container_but_not_as_a_machine_that_stands_for_it(
+    settings, monkeypatch, tmp_path
+):
+    from medcot.run import callbacks
+
+    now, limited = time.time(), replace(settings, session_minutes=100.0)
+    born = {1: now - 3600, None: now}
+    monkeypatch.setattr(callbacks.psutil, "Process", lambda pid=None: SimpleNamespace(create_time=lambda: born[pid]))
+    monkeypatch.setattr(callbacks, "on_kaggle", lambda: True)
+    assert callbacks.minutes_left(limited) == pytest.approx(40, abs=0.1)
+    monkeypatch.setenv("MEDCOT_KAGGLE_ROOT", str(tmp_path))
+    assert callbacks.minutes_left(limited) == pytest.approx(100, abs=0.1)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import identity
+from ..environment import kaggle_root, on_kaggle
 from ..files import check_disk, write_beside
-from ..settings import MedcotError, on_kaggle
+from ..settings import MedcotError
 from ..training import FORECAST_STEPS, forecast, token_widths
 from .checkpoints import checkpoint_bytes, seal
 from .processes import LOG_MARK
@@ -197,8 +198,9 @@ def minutes_left(settings) -> float | None:
     """Of the session; None where `session_minutes` sets no limit."""
     if not settings.session_minutes:
         return None
-    # The first process of a container is as old as the session; elsewhere this process stands for it.
-    begun = psutil.Process(1 if on_kaggle() else None).create_time()
+    # The first process of Kaggle's container is as old as the session; elsewhere, also in an imitation, this one is.
+    in_container = on_kaggle() and kaggle_root() == Path("/kaggle")
+    begun = psutil.Process(1 if in_container else None).create_time()
     return max(0.0, settings.session_minutes - (time.time() - begun) / 60)
 
 
