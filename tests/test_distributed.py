@@ -200,11 +200,8 @@ def test_a_rank_that_dies_stops_the_run_loudly(pair, tmp_path):
     assert "medcot train on 2 GPUs failed with status 1" in message
 
 
-def interrupted(settings, times):
-    """Interrupts a run on two, in a process of its own, once steps are taken; (processes that outlive it, what it said)."""
-    file = written(settings)
-    code = "import sys; from medcot.profiles import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
-    log = settings.output_dir / "start.log"
+def interrupted(code, *arguments, log, times):
+    """Interrupts Python code that starts a run on two, once steps are taken; (processes that outlive it, what it said)."""
 
     def said(words):
         deadline = time.monotonic() + 120
@@ -213,7 +210,7 @@ def interrupted(settings, times):
         assert words in log.read_text()
 
     with log.open("w") as stream:
-        process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=stream, stderr=stream)
+        process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=stream, stderr=stream)
     processes = [process]
     try:
         said(", loss ")
@@ -234,7 +231,8 @@ def interrupted(settings, times):
 
 def test_an_interrupt_ends_two_processes_at_one_step_with_a_checkpoint(pair, tmp_path):
     settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
-    alive, said = interrupted(settings, 1)
+    code = "import sys; from medcot.profiles import read_settings; from medcot import train_on_all_gpus; train_on_all_gpus(read_settings(sys.argv[1]))"
+    alive, said = interrupted(code, written(settings), log=tmp_path / "start.log", times=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
     step = int(checkpoint.name[11:])
     assert not alive and said.count("stopping after this step, with a checkpoint") == 1
@@ -318,9 +316,16 @@ def test_two_machines_train_and_go_on_as_one_process_does(pair, in_two, tmp_path
     assert (tmp_path / ADAPTER_WEIGHTS).read_bytes() == (two.output_dir / ADAPTER_WEIGHTS).read_bytes()
 
 
-def test_a_second_interrupt_leaves_no_process_behind(pair, tmp_path):
-    settings = replace(pair[1], output_dir=tmp_path, max_steps=4000, save_steps=4000)
-    alive, _ = interrupted(settings, 2)
+def test_a_second_interrupt_leaves_no_process_behind(tmp_path):
+    # What torchrun starts is in the midst of a step that never ends.
+    (tmp_path / "step.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('step 1, loss 2', flush=True)\ntime.sleep(300)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "step.py"]
+    code = "import sys; from medcot.run.processes import run_shown; run_shown(sys.argv[1:])"
+    alive, _ = interrupted(code, *launch, log=tmp_path / "start.log", times=2)
     assert not alive
 
 
