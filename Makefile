@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	MEDCOT_PROFILE=$${MEDCOT_PROFILE:-tiny} $(BIN)/medcot demo
 
-# Two workers of one thread each: on two cores more threads than that stall each other tenfold.
+# Workers of one thread each: on two cores more threads than that stall each other tenfold. The third works while one waits.
 test: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # torch comes first and with its own dependencies, so that pip takes the build it finds for this machine (CPU or CUDA)
 # and leaves one that is already there alone. The rest is the locked set with --no-deps: unsloth declares a certifi newer

@@ -223,9 +223,7 @@ def to_examples(rows, tokenizer, settings, show: bool = True):
             fitting.append(i)
     over_long = len(encoded) - len(fitting)
     if not fitting:
-        raise MedcotError(
-            f"all {over_long} rows are longer than max_seq_length={settings.max_seq_length} tokens: raise it"
-        )
+        raise MedcotError(f"all {over_long} rows are longer than max_seq_length={settings.max_seq_length}: raise it")
     examples = encoded.select(fitting)
     if show:
         left_out = f", {over_long} left out as longer than {settings.max_seq_length} tokens" if over_long else ""

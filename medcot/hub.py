@@ -60,9 +60,8 @@ def hub_revision(kind: str, name: str, revision: str | None) -> str | None:
                 f"the hub has no {kind} {name!r} at revision {revision!r} (status {status}): check the name, or log in "
                 "if it is gated"
             ) from error
-        print(
-            f"the hub did not answer ({_transient(error) or type(error).__name__}): {name} comes from the local cache"
-        )
+        why = _transient(error) or type(error).__name__
+        print(f"the hub did not answer ({why}): {name} comes from the local cache")
         return None
     print(f"{kind} {name}: the hub answers, {revision or 'newest'} is commit {commit}")
     return commit

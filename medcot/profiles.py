@@ -119,9 +119,7 @@ def _session(profile: str, gpu: str | None) -> dict:
         try:
             found["session_minutes"] = float(minutes)
         except ValueError as error:
-            raise MedcotError(
-                f"MEDCOT_SESSION_MINUTES={minutes!r} is no number: give minutes, 0 sets no limit"
-            ) from error
+            raise MedcotError(f"MEDCOT_SESSION_MINUTES={minutes!r} is no number: give minutes, or 0") from error
     return found | {field: os.environ[variable] for variable, field in named.items() if os.environ.get(variable)}
 
 

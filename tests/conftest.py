@@ -80,7 +80,7 @@ def job(settings, stop_after=None):
     return run_training(settings, stop_after)
 
 
-# In this order, then the rest: what takes longest begins first, so that two workers end at about the same time.
+# In this order, then the rest: what takes longest begins first, so that all workers end at about the same time.
 LONGEST = ("distributed", "kaggle_run", "reliability", "notebooks", "hub", "measure", "export", "whole_dataset")
 
 
