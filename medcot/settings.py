@@ -233,7 +233,7 @@ class Settings:
         lines = {
             "model": f"{short(self.model)}, {'4-bit' if self.load_in_4bit else '16-bit'}, on {self.device}",
             "training rows": f"{f'the first {self.train_rows:,}' if self.train_rows else 'all the other rows'} of {rows}",
-            "evaluation rows": f"the {self.eval_rows:,} after the first {self.train_rows or USUAL_TRAIN_ROWS:,}, "
+            "evaluation rows": f"{self.eval_rows:,} after the first {self.train_rows or USUAL_TRAIN_ROWS:,}, "
             f"{self.answer_rows} answered in words",
             "steps": f"{self.max_steps or 'one pass'}, {examples} examples each"
             + f", {self.max_steps * examples:,} in all" * bool(self.max_steps),

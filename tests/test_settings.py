@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+import pandas
 import pytest
 
 from medcot import settings as room
@@ -62,6 +63,11 @@ def test_the_recipe_shows_every_number_that_decides():
         "r 16, alpha 16"
     )
     assert recipe["primary measure"] == "multiple choice" and len(recipe) == 10
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_no_line_of_the_recipe_is_cut_off_in_a_notebook(profile):
+    assert not [line for line in profile.recipe()[""] if len(line) >= pandas.get_option("display.max_colwidth")]
 
 
 @pytest.mark.parametrize(
