@@ -85,7 +85,7 @@ def test_the_steps_of_one_pass_are_counted_in_one_place(settings):
 def test_the_recipe_says_all_rows_and_one_pass(settings):
     lines = all_of(PROFILES["kaggle-t4"], "a/b").recipe()[""]
     assert lines["training rows"] == "all the other rows of b" and lines["steps"] == "one pass, 8 examples each"
-    assert lines["evaluation rows"] == "the 100 after the first 500, 18 answered in words"
+    assert lines["evaluation rows"] == "100 after the first 500, 18 answered in words"
 
 
 @pytest.mark.parametrize("size", [4, 3])
