@@ -239,7 +239,6 @@ def test_where_nothing_changed_any_verdict_is_seen_in_at_most_five_per_cent(rows
             primary, *others = compare(*nothing_changed(seed, rows, families)).measures
             alarms += any(m.verdict in ("better", "worse") for m in others)
             first += primary.verdict != UNCHANGED
-    gc.unfreeze()
     print(f"{judged} measures, nothing changed: any verdict in {alarms} of 100, the primary one in {first}")
     assert sum(m.adjusted_p is not None for m in others) == judged
     assert alarms <= 5
