@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import nbformat
@@ -205,6 +206,27 @@ def test_an_interrupt_stops_after_the_step_with_a_checkpoint(do, whole, tmp_path
     status, output = do("job_train", out=out)
     assert status == 0, output
     same_run(out, whole)
+
+
+def test_an_interrupt_while_the_processes_ask_each_other_is_not_lost(settings, monkeypatch):
+    from medcot.run import callbacks
+
+    guard, history = callbacks.Guard(settings), []
+    state = SimpleNamespace(global_step=3, max_steps=9, log_history=history)
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+
+    def interrupted(wishes):
+        guard.stop = "interrupted"  # what the signal's handler does
+        return wishes
+
+    monkeypatch.setattr(callbacks, "gather_object", interrupted)
+    guard.on_step_end(None, state, control)
+    assert not control.should_training_stop  # the other process does not know of it yet
+    monkeypatch.setattr(callbacks, "gather_object", lambda wishes: wishes)
+    monkeypatch.setattr(callbacks, "check_disk", lambda *_: None)
+    monkeypatch.setattr(callbacks, "checkpoint_bytes", lambda _: 0)
+    guard.on_step_end(SimpleNamespace(output_dir="."), state, control)
+    assert control.should_training_stop and history[-1]["note"] == "stopped at step 3 of 9 (interrupted)"
 
 
 def long_rows(folder):

@@ -121,10 +121,12 @@ class Guard(TrainerCallback):
         left = minutes_left(self.settings)
         if left is not None and left <= 0:
             self.stop = self.stop or f"session_minutes={self.settings.session_minutes:g} are used"
-        # Clocks and signals differ between processes, and all must stop at one step.
-        self.stop = next((stop for stop in gather_object([self.stop]) if stop), None)
-        if self.stop and not control.should_training_stop:
-            note = f"stopped at step {state.global_step} of {state.max_steps} ({self.stop})"
+        # Clocks and signals differ between processes, and all must stop at one step: at what all have heard, while an
+        # interrupt that comes in the midst of it waits for the next.
+        heard = next((stop for stop in gather_object([self.stop]) if stop), None)
+        if heard and not control.should_training_stop:
+            self.stop = heard
+            note = f"stopped at step {state.global_step} of {state.max_steps} ({heard})"
             state.log_history.append({"step": state.global_step, "note": note, "stopped": True})
             control.should_save = control.should_training_stop = True
         if control.should_save:
