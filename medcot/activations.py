@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from .gpus import layer_bytes
 from .model import exempt_from_recomputation
 
 CHUNK = 2**28  # bytes of pinned host memory taken at a time: a power of two, or torch would round it up to one
@@ -34,15 +35,6 @@ class Activations:
             f"activations: {self.kept} layers keep them, {self.sent} send them to host memory (up to "
             f"{self.host_gib:.1f} GiB), {self.recomputed} recompute them; the longest micro-batch has {self.tokens:,} tokens"
         )
-
-
-def layer_bytes(config) -> int:
-    """Bytes a token that a Llama layer keeps for its backward pass.
-
-    About 3 x intermediate_size + 5 x hidden_size 16-bit numbers (inputs of the norms and projections, the gate and up
-    products): measured as 0.83 GiB a layer at 7,000 tokens of the 8-billion-parameter shape.
-    """
-    return 2 * (3 * config.intermediate_size + 5 * config.hidden_size)
 
 
 def arrange_activations(model, lengths, settings) -> Activations:
@@ -92,8 +84,8 @@ class Sender:
     own, to and from pinned memory; elsewhere they are plain copies. Parameters and small tensors stay where they are.
     """
 
-    def __init__(self, layers, sent: int, parameters=(), smallest: int | None = None):
-        self.smallest, self.chunks, self.used = SMALLEST if smallest is None else smallest, [], 0
+    def __init__(self, layers, sent: int, parameters=()):
+        self.chunks, self.used = [], 0
         self.parameters = {weight.untyped_storage().data_ptr() for weight in parameters}
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.away = weakref.WeakSet()  # passes whose host memory is in use: they live as long as autograd holds them
@@ -162,11 +154,8 @@ class Sender:
 
     def _pack(self, this, tensor):
         storage = tensor.untyped_storage()
-        if (
-            storage.nbytes() < self.smallest
-            or storage.data_ptr() in self.parameters
-            or (self.stream is not None and not tensor.is_cuda)
-        ):
+        stays = storage.nbytes() < SMALLEST or storage.data_ptr() in self.parameters
+        if stays or (self.stream is not None and not tensor.is_cuda):
             return tensor
         held = this.storages.setdefault(storage.data_ptr(), _Held(storage, tensor.device, this))
         return held, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()

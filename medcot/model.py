@@ -32,10 +32,11 @@ def _unsloth():
     for logger in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     gc.disable()  # a million objects that stay: the collector looks at them neither while they come nor ever after
-    import unsloth
-
-    gc.freeze()
-    gc.enable()
+    try:
+        import unsloth
+    finally:
+        gc.freeze()
+        gc.enable()
     return unsloth
 
 

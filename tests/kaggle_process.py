@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from pathlib import Path
+
+from workshop import leave_after
 
 
 class Client:
@@ -82,16 +83,7 @@ def _child(order):
     sys.stdin = open(0)  # noqa: SIM115, the client has closed the old one
     os.environ.clear()
     os.environ.update(order["environment"])
-    status = 1
-    try:
-        exec(order["code"], {"__name__": "__main__"})
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    leave_after(lambda: exec(order["code"], {"__name__": "__main__"}))
 
 
 if __name__ == "__main__":

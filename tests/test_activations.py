@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medcot import activations
-from medcot.activations import Sender, arrange_activations, layer_bytes
+from medcot.activations import Sender, arrange_activations
+from medcot.gpus import layer_bytes
 from medcot.profiles import PROFILES
 
 CPU = hypothesis(max_examples=60, deadline=None)
@@ -66,15 +67,16 @@ def batches(*lengths):
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_model(monkeypatch):
     monkeypatch.setattr(activations, "CHUNK", 2**12)  # so that storages are cut into pieces too
+    monkeypatch.setattr(activations, "SMALLEST", 64)
 
 
 @pytest.mark.parametrize("sent", [1, 3, 5])
 def test_gradients_are_bit_for_bit_those_without_sending(sent):
     model, data = Model(), batches(7, 40, 3, 40)
     plain = gradients(model, data)
-    sender = Sender(model.layers, sent, model.parameters(), smallest=64)
+    sender = Sender(model.layers, sent, model.parameters())
 
     def evaluate():
         with torch.no_grad():
@@ -87,7 +89,7 @@ def test_gradients_are_bit_for_bit_those_without_sending(sent):
 
 def test_what_was_sent_is_not_held_on_the_card_until_it_is_needed():
     model, (data,) = Model(), batches(40)
-    sender = Sender(model.layers, 3, model.parameters(), smallest=64)
+    sender = Sender(model.layers, 3, model.parameters())
     loss = model(data)
     held = [list(this.storages.values()) for this in sorted(sender.away, key=id)]
     assert [len(one) > 3 for one in held] == [True] * 3
@@ -98,7 +100,8 @@ def test_what_was_sent_is_not_held_on_the_card_until_it_is_needed():
     assert not sender.away
 
 
-def test_a_storage_travels_once_and_parameters_do_not():
+def test_a_storage_travels_once_and_parameters_do_not(monkeypatch):
+    monkeypatch.setattr(activations, "SMALLEST", 1)
     (data,) = batches(40)
     model, saved = Model(1), []
     parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -106,7 +109,7 @@ def test_a_storage_travels_once_and_parameters_do_not():
         model.layers[0](data)
     distinct = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     assert len(saved) > len(distinct) and parameters & set(distinct)
-    sender = Sender(model.layers, 1, model.parameters(), smallest=1)
+    sender = Sender(model.layers, 1, model.parameters())
     loss = model.layers[0](data).sum()
     (this,) = sender.away
     sizes = sorted(held.storage.nbytes() for held in this.storages.values())
@@ -117,7 +120,7 @@ def test_a_storage_travels_once_and_parameters_do_not():
 def test_two_forward_passes_before_their_backward_passes_keep_apart():
     model, (one, other) = Model(), batches(20, 33)
     plain = gradients(model, [one, other])
-    sender = Sender(model.layers, 4, model.parameters(), smallest=64)
+    sender = Sender(model.layers, 4, model.parameters())
     model.zero_grad()
     losses = [model(one), model(other)]
     for loss in losses:
@@ -129,7 +132,7 @@ def test_two_forward_passes_before_their_backward_passes_keep_apart():
 
 def test_host_memory_is_used_again_and_given_back():
     model, data = Model(), batches(40, 40, 20)
-    sender = Sender(model.layers, 4, model.parameters(), smallest=64)
+    sender = Sender(model.layers, 4, model.parameters())
     gradients(model, data[:1])
     taken = len(sender.chunks)
     gradients(model, data[1:])
@@ -151,7 +154,7 @@ def test_host_memory_is_used_again_and_given_back():
 def test_after_a_pass_that_failed_the_next_one_is_whole(fails, monkeypatch):
     model, (data,) = Model(), batches(40)
     plain = gradients(model, [data])
-    sender = Sender(model.layers, 4, model.parameters(), smallest=64)
+    sender = Sender(model.layers, 4, model.parameters())
     forward = Layer.forward
 
     def out_of_memory(layer, x):
@@ -174,7 +177,7 @@ def test_no_host_memory_is_out_of_memory_as_the_training_loop_knows_it(monkeypat
     from accelerate.utils.memory import should_reduce_batch_size
 
     model, (data,) = Model(), batches(40)
-    Sender(model.layers, 4, model.parameters(), smallest=64)
+    Sender(model.layers, 4, model.parameters())
     empty = torch.empty
 
     def none_left(*size, **options):
@@ -203,9 +206,11 @@ def test_any_layout_comes_back_as_it_was(shape, order, dtype, start, step, broad
     order.shuffle(dimensions)
     tensor = whole[start::step].permute(dimensions)
     tensor = tensor.unsqueeze(0).expand(3, *tensor.shape) if broadcast else tensor
-    sender = Sender(nn.ModuleList(), 0, smallest=0)
+    sender = Sender(nn.ModuleList(), 0)
     this = activations._Pass(None)
-    packed = sender._pack(this, tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "SMALLEST", 0)
+        packed = sender._pack(this, tensor)
     sender.current, sender.hooks = this, torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     sender.hooks.__enter__()
     sender._leave(None, None, tensor)

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
-from workshop import CHILD_SECONDS
+from workshop import CHILD_SECONDS, leave_after
 
 from medcot import (
     add_lora,
@@ -102,20 +101,11 @@ def job_in_two(loaded, work, machines=1, **arguments):
     port, children = free_port(), []
     for rank in range(2):
         if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                signal.alarm(CHILD_SECONDS)
-                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
-                               "LOCAL_RANK": f"{rank // machines}", "LOCAL_WORLD_SIZE": f"{2 // machines}",
-                               "GROUP_RANK": f"{rank * (machines - 1)}", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-                globals()[work](**arguments)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+            signal.alarm(CHILD_SECONDS)
+            os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+                           "LOCAL_RANK": f"{rank // machines}", "LOCAL_WORLD_SIZE": f"{2 // machines}",
+                           "GROUP_RANK": f"{rank * (machines - 1)}", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+            leave_after(lambda: globals()[work](**arguments))
         children.append(pid)
     print("STATUSES", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
 
@@ -137,7 +127,7 @@ def rank_train(file):
     """What `python -m medcot train --settings FILE` does."""
     from medcot.cli import main
 
-    sys.exit(main(["train", "--settings", file]))
+    return main(["train", "--settings", file])
 
 
 def written(settings):

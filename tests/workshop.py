@@ -64,6 +64,19 @@ def until(condition, seconds=60):
     return False
 
 
+def leave_after(work):
+    """Ends a forked process with what `work` returns, or with 1 and the traceback of what it raised; runs nothing of its parent."""
+    status = 1
+    try:
+        status = work() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def serve():
     """Reads orders from standard input until it ends; prints each child's process id and then its exit status."""
     replies = os.fdopen(os.dup(1), "w")
@@ -97,22 +110,17 @@ def _child(order, loaded):
     signal.alarm(CHILD_SECONDS)
     # The default lock is a semaphore that all children share: one that is killed with it would stop all that follow.
     tqdm.set_lock(threading.RLock())
-    status = 1
-    try:
+
+    def work():
         from medcot import MedcotError
 
         try:
             getattr(importlib.import_module(order["module"]), order["job"])(loaded, **order["arguments"])
-            status = 0
         except MedcotError as error:
             print(f"MedcotError: {error}")
-            status = USER_ERROR
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+            return USER_ERROR
+
+    leave_after(work)
 
 
 if __name__ == "__main__":
